@@ -1,0 +1,102 @@
+"""Which implementations an operation has, what each needs, which was chosen, and why the others were not.
+
+A room lists its implementations, best first, as `Backend` rows. `choose` asks each one for its reason to refuse the request
+and takes the first that has none. The choice keeps the reasons, so that nobody has to guess why a kernel did not run.
+
+This file is the only door to Triton and to CUDA facts: both are asked for when an operation first needs them, never at import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from .errors import BackendError, suggest
+
+HOPPER = (9, 0)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation: its name, what it needs (for the table in the README), why it refuses a request (None: it does
+    not), and the module that holds the function named after the operation."""
+
+    name: str
+    needs: str
+    why_not: Callable[[Any], str | None]
+    module: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation that will run, and each better one's reason for not running."""
+
+    name: str
+    run: Callable[..., Any]
+    refused: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        return self.name + "".join(f" ({name}: {reason})" for name, reason in self.refused)
+
+
+def choose(operation: str, backends: tuple[Backend, ...], request: Any, forced: str | None = None) -> Choice:
+    """The first backend that accepts the request, or the one that the caller forced.
+
+    Raises `BackendError`, with every backend's reason, when none accepts.
+    """
+    if forced is not None and forced not in (names := [b.name for b in backends]):
+        raise BackendError(f"{operation} has no backend {forced!r}. {suggest(forced, names)}")
+    refused = []
+    for backend in backends:
+        if forced is not None and backend.name != forced:
+            continue
+        reason = backend.why_not(request)
+        if reason is None:
+            return Choice(backend.name, function(backend.module, operation), tuple(refused))
+        refused.append((backend.name, reason))
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
+    raise BackendError(f"no backend can run {operation}. {reasons}")
+
+
+@cache
+def function(module: str, name: str) -> Callable[..., Any]:
+    """A function by address, imported when it is first needed."""
+    return getattr(importlib.import_module(module), name)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed. It is looked for, not imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def capability(index: int) -> tuple[int, int]:
+    """The compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(index)
+
+
+def why_not_hopper(device: torch.device) -> str | None:
+    """Why FP8 tensor cores cannot be used on this device; None when they can."""
+    if device.type != "cuda":
+        return f"the tensors are on {device}; it needs a CUDA device"
+    have = capability(device.index or 0)
+    if have < HOPPER:
+        return (
+            f"the GPU has compute capability {have[0]}.{have[1]}; FP8 products need 9.0 (Hopper) or newer. "
+            "Here the CPU models run: move the tensors to the CPU"
+        )
+    return None
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Why our Triton kernels cannot run on this device; None when they can."""
+    if (reason := why_not_hopper(device)) is not None:
+        return reason
+    return None if has_triton() else "Triton is not installed (it comes with torch's CUDA builds: pip install triton)"
