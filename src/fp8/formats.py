@@ -42,7 +42,7 @@ from typing import Literal
 
 import torch
 
-from fp8.errors import FormatError, suggest
+from .errors import FormatError, suggest
 
 Specials = Literal["ieee", "fn", "fnuz", "finite", "exponent", "integer"]
 
