@@ -193,9 +193,9 @@ def test_ties_go_to_the_even_code(row: Format, value: float) -> None:
 def test_neighbours_are_adjacent(row: Format, value: float) -> None:
     below, above = row.neighbours(value)
     if math.isfinite(below):
-        assert below < value and any(same(row.neighbours(below)[1], next_one) for next_one in (value, above))
+        assert below < value and any(same(row.neighbours(below)[1], next_one) for next_one in (value + 0.0, above))
     if math.isfinite(above):
-        assert above > value and any(same(row.neighbours(above)[0], next_one) for next_one in (value, below))
+        assert above > value and any(same(row.neighbours(above)[0], next_one) for next_one in (value + 0.0, below))
 
 
 @given(st.sampled_from(SMALL), finite, finite)

@@ -1,19 +1,20 @@
 """A number format is a row of data.
 
-What. Every format below, from FP32 down to INT4, is one `Format` row: how many exponent and mantissa bits, which bias, and
-what its topmost codes are spent on. All else (the limits, the decoder, the encoder, the comparison table) is derived from
-the row. E4M3 and E5M2 are the two that compute; the others stand beside them so that one can see what was chosen.
+What. Every format below, from FP32 down to INT4, is one `Format` row: how many exponent and mantissa bits, which bias,
+and what its topmost codes are spent on. All else (the limits, the decoder, the encoder, the comparison table) is
+derived from the row. E4M3 and E5M2 are the two that compute; the others stand beside them so that one can see what was
+chosen.
 
-The mathematics. Read the magnitudes of a format as rungs of a ladder, counted from zero. A rung of rank r, with exponent
-field E = r >> m and mantissa field M = r & (2^m - 1), stands at height
+The mathematics. Read the magnitudes of a format as rungs of a ladder, counted from zero. A rung of rank r, with
+exponent field E = r >> m and mantissa field M = r & (2^m - 1), stands at height
 
     (2^m + M) * 2^(E - bias - m)    where E > 0      (normal: the leading 1 is not stored)
     M         * 2^(1 - bias - m)    where E = 0      (subnormal: evenly spaced down to zero)
 
-so the rank of a positive number *is* its code, and going one rung up is adding one, also where a mantissa overflows into
-the exponent. Encoding turns it round: measure u in steps of its binade, round to an integer k, and the rank is
-`k + ((e - e_min) << m)`. If k reached 2^(m+1), that sum has already carried into the next binade. Everything here is exact:
-a Python float holds each value, and `frexp`, `ldexp` and `round` (half to even) lose nothing.
+so the rank of a positive number *is* its code, and going one rung up is adding one, also where a mantissa overflows
+into the exponent. Encoding turns it round: measure u in steps of its binade, round to an integer k, and the rank is `k
++ ((e - e_min) << m)`. If k reached 2^(m+1), that sum has already carried into the next binade. Everything here is
+exact: a Python float holds each value, and `frexp`, `ldexp` and `round` (half to even) lose nothing.
 
     e4m3   S EEEE MMM       0 ... 2^-9 ... 2^-6 ... 448      3.14 lies between 3 and 3.25, and becomes 0.1000.101 = 3.25
     e5m2   S EEEEE MM       0 ... 2^-16 .. 2^-14 .. 57344    3.14 lies between 3 and 3.5, and becomes 0.10000.10 = 3
@@ -27,8 +28,9 @@ a Python float holds each value, and `frexp`, `ldexp` and `round` (half to even)
     exponent   no sign, mantissa or zero; 0xFF is NaN; ties go up         e8m0, which stores power-of-two scales
     integer    two's complement, spaced by one                            int8, int4
 
-Encoding rounds to nearest even and saturates at the largest finite value. It hides nothing: NaN stays NaN (with the sign
-dropped), an infinity stays one where the format has it and becomes NaN where not, and a format with neither raises.
+Encoding rounds to nearest even and saturates at the largest finite value. It hides nothing: NaN stays NaN (with the
+sign dropped), an infinity stays one where the format has it and becomes NaN where not, and a format with neither
+raises.
 
 What was left out. Tensors: `fp8.quantize` is for those. Here one number at a time is explained, not computed fast.
 """
@@ -291,7 +293,7 @@ _TORCH_NAMES = {
 
 
 def format_of(name: str | Format | torch.dtype) -> Format:
-    """The row of a name (in any case), of a torch type, or of a row itself; `FormatError` with the nearest name if none.
+    """The row of a name (in any case), of a torch type, or of a row itself; else `FormatError` with the nearest name.
 
     >>> format_of("E4M3").max
     448.0
