@@ -116,7 +116,9 @@ class Recipe:
         for name in OPERANDS:
             if self.delayed and getattr(self, name).tile != Tile(0, 0):
                 tile = getattr(self, name).tile
-                raise RecipeError(f"delayed scaling needs one scale a tensor, but {name} has tile {tile}: use 'tensor'.")
+                raise RecipeError(
+                    f"delayed scaling needs one scale a tensor, but {name} has tile {tile}: use 'tensor'."
+                )
         blocks = [p for p in PRODUCTS if self.blocked(p) and getattr(self.accumulate, p) == "fast"]
         if blocks:
             raise RecipeError(f"scales that change along K are promoted block by block: accumulate.{blocks[0]}='fast' "

@@ -94,7 +94,9 @@ def quantize_both(
             raise ShapeError(f"a given scale serves both orientations only with tile 'tensor', not {str(where)!r}.")
         check_scale(scale, where, matrix)
     power_of_two = scale_rounding == "power_of_two"
-    codes, scale, codes_t, scale_t, _ = run_quantize_both(matrix, scale, row, where, power_of_two, seed, backend=backend)
+    codes, scale, codes_t, scale_t, _ = run_quantize_both(
+        matrix, scale, row, where, power_of_two, seed, backend=backend
+    )
     return Quantized(codes, scale, where, row), Quantized(codes_t, scale_t, where, row)
 
 
@@ -144,7 +146,9 @@ def _seed(rounding: str, seed: int | None) -> int | None:
     if rounding == "nearest":
         return None
     if seed is None:
-        raise TensorError("rounding='stochastic' needs a seed (any whole number below 2^64): the same seed, the same codes.")
+        raise TensorError(
+            "rounding='stochastic' needs a seed (any whole number below 2^64): the same seed, the same codes."
+        )
     return seed & 0xFFFFFFFFFFFFFFFF
 
 

@@ -1,0 +1,84 @@
+"""What happens once a step: the delayed scales are updated, then the weight codes are written anew.
+
+`attach` hangs both on an optimizer, after its step; `refresh` and `update_scales` are the two halves, for loops of one's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..scaling import ScaleState, scale_gradients, update
+from .products import Fp8Products
+
+
+def refresh(model: nn.Module) -> None:
+    """Write the codes of every FP8 weight as it is now; forwards use them until the weights are moved, cast or loaded.
+
+    From then on, call it after each change of the weights, or let `attach` do it. Without any refresh, every forward
+    quantizes its weight.
+    """
+    for module in model.modules():
+        weights = getattr(module, "fp8_weights", None)
+        if weights is not None:
+            with torch.no_grad():
+                for part, weight in weights():
+                    part.refresh(weight)
+
+
+def update_scales(model: nn.Module, found_inf: Tensor | bool | None = None) -> None:
+    """The one update of delayed scaling a step, after the optimizer's. `found_inf`: the step was skipped and leaves no trace."""
+    update(_states(model), found_inf)
+
+
+def _states(model: nn.Module) -> Iterator[ScaleState]:
+    for module in model.modules():
+        if isinstance(module, Fp8Products) and module.delayed is not None:
+            yield module.delayed
+
+
+class Attached:
+    """What `attach` returns: `remove()` takes the hooks off again."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, grad_scaler: Any) -> None:
+        self.model, self.optimizer, self.scaler = model, optimizer, grad_scaler
+        self.stepped = False
+        self.hook = optimizer.register_step_post_hook(self._after_step)
+        if grad_scaler is not None:
+            self._update = grad_scaler.update
+            grad_scaler.update = self._after_scaler
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.stepped = True
+        update_scales(self.model, getattr(optimizer, "found_inf", None))
+        refresh(self.model)
+
+    def _after_scaler(self, new_scale: Any = None) -> None:
+        """In place of `GradScaler.update`: a step that it skipped is discarded; a new loss scale moves the gradients' history."""
+        if not self.stepped:
+            update_scales(self.model, True)
+        self.stepped = False
+        before = self.scaler.get_scale()
+        self._update(new_scale)
+        after = self.scaler.get_scale()
+        if after != before:
+            scale_gradients(_states(self.model), after / before)
+
+    def remove(self) -> None:
+        self.hook.remove()
+        if self.scaler is not None:
+            self.scaler.update = self._update
+
+
+def attach(model: nn.Module, optimizer: torch.optim.Optimizer, grad_scaler: Any = None) -> Attached:
+    """After each step of `optimizer`, update the delayed scales of `model` once and refresh its weight codes.
+
+    grad_scaler   a `torch.amp.GradScaler` whose skipped steps are then discarded and whose loss scale is followed
+
+    The weights are quantized once a step, however many micro-batches it has. Returns a handle with `remove()`.
+    """
+    refresh(model)
+    return Attached(model, optimizer, grad_scaler)

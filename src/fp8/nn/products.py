@@ -1,0 +1,224 @@
+"""One weight and its three FP8 products.
+
+    forward     y  [T, N]  =  x      [T, K] · w   [N, K]^T  + bias
+    grad_x      dx [T, K]  =  grad   [T, N] · w^T [K, N]^T
+    grad_w      dw [N, K]  =  grad^T [N, T] · x^T [K, T]^T
+
+Hopper reads both FP8 operands with K last, so x, w and grad are each needed in two orientations; each is read once and written
+in both. Between forward and backward only x^T and w^T live, as codes: one byte an element, one orientation each.
+
+Codes never cross a differentiable edge. Autograd would cast a gradient to the type of the forward output, silently turning
+it into unscaled FP8; so quantize, multiply and their backward are one `autograd.Function`, with high precision at both ends.
+
+`Fp8Products` is the part of a layer that holds what this needs: the recipe, the state of delayed scaling, and the weight's codes
+once `refresh` has been called. It owns no parameter: the layer passes its weight in.
+
+**Weight codes.** Without a refresh every forward quantizes the weight it is given. `refresh` writes the codes of the current
+parameter, both orientations, into buffers, which are used until the module is moved, cast or loaded into. Whoever updates
+the weights calls it again (`fp8.attach` does so after each optimizer step); in eager mode a version counter that moved without a
+refresh is noticed, and the stale codes are not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConvertError, TensorError
+from ..formats import format_of
+from ..matmul import run_matmul
+from ..quantize import INPUTS, Quantized, run_quantize, run_quantize_both
+from ..recipe import Operand, Recipe
+from ..scaling import DelayedState, ScaleState, state_for
+from .autocast import Products, active, recipe_in_use
+
+X, W, GRAD = 0, 1, 2
+Pair = tuple[Quantized, Quantized | None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one call of a layer goes by, in forward and in the backward that belongs to it."""
+
+    recipe: Recipe
+    state: ScaleState | None
+    record: bool
+    weight: Pair | None
+    products: Products | None
+    name: str
+
+    def count(self, product: str) -> None:
+        if self.products is not None:
+            self.products.counts[self.name, product] += 1
+
+    def quantize(self, x: Tensor, which: int, both: bool = True, straight: bool = True) -> tuple[Any, Any]:
+        """x [rows, cols] as the recipe says: `(codes of x, codes of x.T)`, each only if it is wanted."""
+        recipe = self.recipe
+        operand: Operand = (recipe.x, recipe.w, recipe.grad)[which]
+        scale = self.state.before(which, x, self.record) if self.state is not None else None
+        q, q_t, amax = _quantize(x, operand, recipe.power_of_two, scale, both, straight)
+        if self.state is not None and self.record:
+            self.state.after(which, amax, (q if q is not None else q_t).scale)
+        return q, q_t
+
+
+def _quantize(x: Tensor, operand: Operand, power_of_two: bool, scale: Tensor | None, both: bool, straight: bool):  # type: ignore[no-untyped-def]
+    """`(Quantized or None, Quantized of x.T or None, amax)`."""
+    x, row, tile = x.contiguous(), format_of(operand.format), operand.tile
+    if both:
+        codes, s, codes_t, s_t, amax = run_quantize_both(x, scale, row, tile, power_of_two)
+        return (Quantized(codes, s, tile, row) if straight else None), Quantized(codes_t, s_t, tile, row), amax
+    codes, s, amax = run_quantize(x, scale, row, tile, power_of_two)
+    return Quantized(codes, s, tile, row), None, amax
+
+
+class _Linear(torch.autograd.Function):
+    """x [T, K], weight [N, K], bias [N] or None -> y [T, N] of the type of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, run: Run) -> Tensor:
+        need_x, need_w, *_ = ctx.needs_input_grad
+        x_q, x_t = run.quantize(x, X, both=need_w)
+        w_q, w_t = run.weight if run.weight is not None else run.quantize(weight, W, both=need_x)
+        run.count("forward")
+        ctx.run, ctx.dtypes = run, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.tiles = tuple(None if q is None else (q.tile, q.format) for q in (x_t, w_t if need_x else None))
+        kept = [t for q in (x_t, w_t if need_x else None) if q is not None for t in (q.codes, q.scale)]
+        ctx.save_for_backward(*kept)
+        return run_matmul(x_q, w_q, x.dtype, run.recipe.accumulate.forward, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        run: Run = ctx.run
+        x_type, w_type, bias_type = ctx.dtypes
+        x_t, w_t = _restore(ctx.tiles, ctx.saved_tensors)
+        grad_bias = grad.sum(0, dtype=torch.float32).to(bias_type) if ctx.needs_input_grad[2] else None
+        if x_t is None and w_t is None:
+            return None, None, grad_bias, None
+        g, g_t = run.quantize(grad, GRAD, both=x_t is not None)
+        grad_x = grad_w = None
+        if w_t is not None:
+            run.count("grad_x")
+            grad_x = run_matmul(g, w_t, x_type, run.recipe.accumulate.grad_x)
+        if x_t is not None:
+            run.count("grad_w")
+            grad_w = run_matmul(g_t, x_t, w_type, run.recipe.accumulate.grad_w)
+        return grad_x, grad_w, grad_bias, None
+
+
+def _restore(tiles: tuple[Any, ...], saved: tuple[Tensor, ...]) -> list[Quantized | None]:
+    """The saved codes and scales as records again."""
+    tensors = iter(saved)
+    return [None if tile is None else Quantized(next(tensors), next(tensors), *tile) for tile in tiles]
+
+
+class Fp8Products(nn.Module):
+    """The FP8 part of a layer: recipe, delayed state, weight codes. Call it with x [..., K], the weight [N, K] and the bias."""
+
+    codes: Tensor | None
+    codes_t: Tensor | None
+    scale: Any
+    scale_t: Any
+
+    def __init__(self, recipe: Recipe | None = None, name: str = "") -> None:
+        super().__init__()
+        self.name = name
+        self.recipe: Recipe | None = None
+        self.delayed: ScaleState | None = None
+        self.set_recipe(recipe)
+        for part in ("codes", "codes_t", "scale", "scale_t"):
+            self.register_buffer(part, None, persistent=False)
+        self.version = -1
+
+    def set_recipe(self, recipe: Recipe | None) -> None:
+        """Change the recipe; what delayed scaling remembered under another one is forgotten."""
+        if recipe != self.recipe:
+            self.recipe = recipe
+            self.delayed = None if recipe is None else state_for(recipe)
+
+    def extra_repr(self) -> str:
+        return f"recipe={self.recipe.name if self.recipe else None!r}"
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        recipe = recipe_in_use(self.recipe)
+        if recipe is None:
+            return nn.functional.linear(x, weight, bias)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        if x.dtype not in INPUTS:
+            raise TensorError(f"{self.name or 'an FP8 layer'} takes float32, bfloat16 or float16, not {x.dtype}.")
+        run = self.run(recipe, weight)
+        y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, run)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    def run(self, recipe: Recipe, weight: Tensor) -> Run:
+        record = self.training and torch.is_grad_enabled()
+        state = self._state(recipe, weight)
+        if record and isinstance(state, DelayedState):
+            state.expect(X, GRAD) if self.codes is not None else state.expect(X, W, GRAD)
+        return Run(recipe, state, record, self._codes(recipe, weight), active().products, self.name)
+
+    def _state(self, recipe: Recipe, weight: Tensor) -> ScaleState | None:
+        if recipe.delayed is not None and self.delayed is None:  # a layer without a recipe, under autocast
+            if torch.compiler.is_compiling():
+                raise ConvertError(
+                    "delayed scaling keeps state: give the layer its recipe (fp8.convert) before compiling."
+                )
+            state = state_for(recipe)
+            self.delayed = None if state is None else state.to(weight.device)
+        return self.delayed if recipe.delayed is not None else None
+
+    def _codes(self, recipe: Recipe, weight: Tensor) -> Pair | None:
+        """The refreshed codes, if they are of this recipe and of the parameter as it is."""
+        if self.codes is None or recipe is not self.recipe:
+            return None
+        if not torch.compiler.is_compiling() and weight._version != self.version:
+            return None
+        row, tile = format_of(recipe.w.format), recipe.w.tile
+        scale_t = self.scale.t() if tile.transposes else self.scale_t
+        return Quantized(self.codes, self.scale, tile, row), Quantized(self.codes_t, scale_t, tile, row)
+
+    @torch.no_grad()
+    def quantize_weight(self, weight: Tensor, record: bool = False) -> tuple[Quantized, Quantized]:
+        """The codes of a weight [N, K] and of its transpose, as the layer's next forward would make them."""
+        recipe = self.recipe or recipe_in_use(None)
+        if recipe is None:
+            raise ConvertError(f"{self.name or 'this layer'} has no recipe: fp8.convert the model first.")
+        state = self._state(recipe, weight)
+        return Run(recipe, state, record, None, None, self.name).quantize(weight, W)
+
+    @torch.no_grad()
+    def refresh(self, weight: Tensor) -> None:
+        """Write the codes of the weight as it is now into the buffers, in place."""
+        if self.recipe is None:
+            return
+        if isinstance(self.delayed, DelayedState) and self.training:
+            self.delayed.expect(W)
+        q, q_t = self.quantize_weight(weight, record=self.training)
+        fresh = {"codes": q.codes, "codes_t": q_t.codes, "scale": q.scale, "scale_t": q_t.scale}
+        if self.recipe.w.tile.transposes:
+            del fresh["scale_t"]
+        for part, value in fresh.items():
+            held = getattr(self, part)
+            if held is None:
+                setattr(self, part, value.clone())
+            else:
+                held.copy_(value)
+        self.version = weight._version
+
+    def forget(self) -> None:
+        """Drop the weight codes: until the next refresh every forward quantizes."""
+        self.codes = self.codes_t = self.scale = self.scale_t = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Products:
+        self.forget()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.forget()
+        super()._load_from_state_dict(*args)
