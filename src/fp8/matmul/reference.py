@@ -19,6 +19,9 @@ and one rounding gives the output type.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -26,22 +29,27 @@ from ..quantize.record import Quantized, spread
 from ..tile import Tile
 
 WIDEST_K = 1 << 17
+Product = Callable[[Tensor, Tensor], Tensor]
 
 
 def matmul(a: Quantized, b: Quantized, out_dtype: torch.dtype, accumulate: str, bias: Tensor | None) -> Tensor:
     """`[M, N]` of `a [M, K]` and `b [N, K]`. `accumulate="fp32"` sums in FP32; any other word sums exactly."""
-    product = product_fp32 if accumulate == "fp32" else product_exact
-    return finish(scaled_sum(a, b, product), bias, out_dtype)
+    if accumulate == "fp32":
+        with torch.autocast(a.codes.device.type, enabled=False):
+            total = scaled_sum(a, b, a.matrix.float(), b.matrix.float(), lambda x, y: x @ y.t())
+    else:
+        total = scaled_sum(a, b, parts(a.matrix), parts(b.matrix), product_exact)
+    return finish(total, bias, out_dtype)
 
 
-def scaled_sum(a: Quantized, b: Quantized, product) -> Tensor:  # type: ignore[no-untyped-def]
-    """The scaled sum over K in FP32; `product(codes_a, codes_b)` gives the FP32 sum of one block of K."""
+def scaled_sum(a: Quantized, b: Quantized, x: Tensor, y: Tensor, product: Product) -> Tensor:
+    """The scaled sum over K in FP32. x and y are the codes as `product` wants them, K last; it gives the FP32 sum of one block."""
     if a.tile.constant_along_k and b.tile.constant_along_k:
-        return product(a.matrix, b.matrix) * alpha(a.scale, b.scale)
+        return product(x, y) * alpha(a.scale, b.scale)
     total = torch.zeros(a.matrix.shape[0], b.matrix.shape[0], device=a.codes.device)
     for start, stop in k_blocks(a, b):
-        partial = product(a.matrix[:, start:stop], b.matrix[:, start:stop])
-        total += partial * alpha(scale_at(a, start), scale_at(b, start))
+        partial = product(x[..., start:stop], y[..., start:stop])
+        total += partial.mul_(alpha(scale_at(a, start), scale_at(b, start)))
     return total
 
 
@@ -69,38 +77,35 @@ def finish(total: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor
     return (total if bias is None else total + bias.float()).to(out_dtype)
 
 
-def product_fp32(a: Tensor, b: Tensor) -> Tensor:
-    return a.float() @ b.float().t()
+# --------------------------------------------------------------------------- the exact sum
 
 
-def product_exact(a: Tensor, b: Tensor) -> Tensor:
-    """The exact sum of products of codes, rounded once to FP32. K beyond 2^17 is summed exactly in parts."""
-    if a.shape[1] <= WIDEST_K:
-        return exact_sum(a, b).float()
-    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64, device=a.device)
-    for start in range(0, a.shape[1], WIDEST_K):
-        total = add_to_odd(total, exact_sum(a[:, start : start + WIDEST_K], b[:, start : start + WIDEST_K]))
-    return total.float()
-
-
-def exact_sum(a: Tensor, b: Tensor) -> Tensor:
-    """The sum in FP64: exact for E4M3 x E4M3, and for E5M2 as good as exact for any later rounding to 51 bits or fewer."""
-    total = None
-    for part_a in parts(a):
-        for part_b in parts(b):
-            partial = part_a @ part_b.t()
-            total = partial if total is None else add_to_odd(total, partial)
-    assert total is not None
-    return total
-
-
-def parts(codes: Tensor) -> list[Tensor]:
-    """The codes in FP64; E5M2 as its large values and its small ones, each zero where the other is not."""
-    x = codes.double()
+def parts(codes: Tensor) -> Tensor:
+    """The codes [rows, K] in FP64, as `[1, rows, K]`; E5M2 as `[2, rows, K]`, large magnitudes and those below 1."""
+    codes = codes.contiguous()
+    x = table(codes.dtype, codes.device).index_select(0, codes.view(torch.uint8).flatten().int()).view(1, *codes.shape)
     if codes.dtype != torch.float8_e5m2:
-        return [x]
-    small = x.abs() < 1
-    return [torch.where(small, 0.0, x), torch.where(small, x, 0.0)]
+        return x
+    small = (x > -1) & (x < 1)
+    return torch.cat([x.masked_fill(small, 0.0), x.masked_fill(~small, 0.0)])
+
+
+@cache
+def table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values of all 256 codes in FP64: looking one up is faster than casting it."""
+    return torch.arange(256, dtype=torch.uint8, device=device).view(dtype).double()
+
+
+def product_exact(x: Tensor, y: Tensor) -> Tensor:
+    """The sum over K of the parts of two operands, `[parts, M, K]` and `[parts, N, K]`, rounded once to FP32."""
+    total = None
+    for start in range(0, max(x.shape[2], 1), WIDEST_K):
+        for part_x in x[..., start : start + WIDEST_K]:
+            for part_y in y[..., start : start + WIDEST_K]:
+                partial = part_x @ part_y.t()
+                total = partial if total is None else add_to_odd(total, partial)
+    assert total is not None
+    return total.float()
 
 
 def add_to_odd(x: Tensor, y: Tensor) -> Tensor:
@@ -108,9 +113,12 @@ def add_to_odd(x: Tensor, y: Tensor) -> Tensor:
     that was none (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008)."""
     total = x + y
     back = total - x
-    error = (x - (total - back)) + (y - back)
+    error = y - back
+    error += x - (total - back)
+    inexact = error != 0
+    if not inexact.any():
+        return total
     bits = total.view(torch.int64)
-    even = (bits & 1) == 0
+    nudge = inexact & ((bits & 1) == 0) & total.isfinite()
     away = (error > 0) == (total > 0)
-    odd = torch.where((error != 0) & even & total.isfinite(), bits + torch.where(away, 1, -1), bits)
-    return odd.view(torch.float64)
+    return (bits + torch.where(away, 1, -1) * nudge).view(torch.float64)

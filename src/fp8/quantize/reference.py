@@ -27,7 +27,6 @@ from torch import Tensor
 from ..errors import TensorError
 from ..formats import Format
 from ..tile import Tile
-from .record import spread
 
 NAN = 0x7F
 LOW32 = 0xFFFFFFFF
@@ -60,22 +59,29 @@ def quantize_both(
 
 
 def _quantize(x, scale, format, tile, power_of_two, words):  # type: ignore[no-untyped-def]
-    amax = tile_amax(x, tile)
+    rows, cols = x.shape
+    tiles = cut(x, tile)
+    magnitude = tiles.abs()
+    amax = magnitude.amax((1, 3))
+    finite = bool(amax.isfinite().all())
+    if not finite:
+        amax = magnitude.masked_fill(~tiles.isfinite(), 0.0).amax((1, 3))
     if scale is None:
         scale = scale_of(amax, format, power_of_two)
-    v = x / spread(scale, tile, *x.shape)
+    v = (tiles / scale[:, None, :, None]).view(-1, tiles.shape[2] * tiles.shape[3])[:rows, :cols]
     codes = nearest(v, format) if words is None else stochastic(v, words, format)
-    return mark_non_finite(codes, x, format), scale, amax.amax() if amax.numel() else x.new_zeros(())
+    codes = codes if finite else mark_non_finite(codes, x, format)
+    return codes, scale, amax.amax() if amax.numel() else x.new_zeros(())
 
 
-def tile_amax(x: Tensor, tile: Tile) -> Tensor:
-    """The largest finite magnitude of each tile of an FP32 matrix; 0 where there is none."""
+def cut(x: Tensor, tile: Tile) -> Tensor:
+    """A matrix as [tiles down, tile height, tiles across, tile width], the last tiles filled up with zeros."""
     rows, cols = x.shape
     height, width = tile.shape(rows, cols)
     down, across = tile.scale_shape(rows, cols)
-    magnitude = torch.where(x.isfinite(), x.abs(), 0.0)
-    magnitude = torch.nn.functional.pad(magnitude, (0, across * width - cols, 0, down * height - rows))
-    return magnitude.view(down, height, across, width).amax((1, 3))
+    if (down * height, across * width) != (rows, cols):
+        x = torch.nn.functional.pad(x, (0, across * width - cols, 0, down * height - rows))
+    return x.reshape(down, height, across, width)
 
 
 def scale_of(amax: Tensor, format: Format, power_of_two: bool) -> Tensor:
@@ -91,7 +97,7 @@ def scale_of(amax: Tensor, format: Format, power_of_two: bool) -> Tensor:
 
 def nearest(v: Tensor, format: Format) -> Tensor:
     """The codes nearest to v, ties to even, clipped. torch's own cast is right once nothing is beyond the last code."""
-    return v.clamp(-format.max, format.max).to(format.dtype)
+    return v.clamp(-format.max, format.max).to(format.dtype, memory_format=torch.contiguous_format)
 
 
 def stochastic(v: Tensor, words: Tensor, format: Format) -> Tensor:
@@ -107,12 +113,10 @@ def stochastic(v: Tensor, words: Tensor, format: Format) -> Tensor:
 
 def mark_non_finite(codes: Tensor, x: Tensor, format: Format) -> Tensor:
     """Codes with NaN where x is NaN, and Inf (NaN, in a format without Inf) where x is infinite."""
-    raw = codes.view(torch.uint8)
+    raw = torch.where(x.isfinite(), codes.contiguous().view(torch.uint8), NAN)
     if format.has_infinity:
-        infinity = 0x7C + x.signbit().to(torch.uint8) * 0x80
-        raw = torch.where(x.isinf(), infinity, raw)
-        return torch.where(x.isnan(), NAN, raw).view(codes.dtype)
-    return torch.where(x.isfinite(), raw, NAN).view(codes.dtype)
+        raw = torch.where(x.isinf(), 0x7C + x.signbit().to(torch.uint8) * 0x80, raw)
+    return raw.view(codes.dtype)
 
 
 def philox(count: int, seed: int, stream: int) -> Tensor:
