@@ -67,7 +67,7 @@ class TransformerLayer(nn.Module):
     def forward(self, x: Tensor, attention_mask: Tensor | None = None, *, cache: Any = None) -> Tensor:
         """x [B, T, hidden_size] to the same shape.
 
-        attention_mask   bool (True: may be attended to) or additive float, [B, S] or broadcastable to [B, heads, T, S]
+        attention_mask   True (or 1) where a query may look, [B, S], [B, T, S] or [B, heads, T, S]; a float mask is added to the scores
         cache            a layer's KV cache: x continues what it holds, and is appended to it
         """
         x = x + self.attention(self.attention_norm(x), attention_mask, cache)
@@ -110,7 +110,7 @@ class SelfAttention(nn.Module):
             cos, sin = rope_tables(tokens, self.head_dim, self.rope_theta, x.device, 0 if cache is None else cache.length)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is None:
-            y = attention(q, k, v, mask=None if mask is None else as_mask(mask), causal=self.causal)
+            y = attention(q, k, v, mask=mask, causal=self.causal)
         elif mask is not None:
             raise ShapeError("attention_mask and cache cannot be used together: the cache holds only real tokens.")
         else:
@@ -138,11 +138,6 @@ class MLP(nn.Module):
             gate, up = h.chunk(2, -1)
             return self.down(function(gate) * up)
         return self.down(function(h))
-
-
-def as_mask(mask: Tensor) -> Tensor:
-    """A mask of keys [B, S] as [B, 1, 1, S]; any other as it is."""
-    return mask[:, None, None, :] if mask.dim() == 2 else mask
 
 
 def rope_tables(tokens: int, head_dim: int, theta: float, device: torch.device, start: int = 0) -> tuple[Tensor, Tensor]:
