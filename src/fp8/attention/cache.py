@@ -1,16 +1,16 @@
 """A cache of keys and values in FP8: half the bytes of BF16, read exactly.
 
 **What is stored.** K after the rotary embedding and V as projected, both first rounded to BF16, then quantized by
-`fp8.quantize` with one scale for each token and head (the tile "row" over D): codes `[B, KV, capacity, D]` and power-of-two
-FP32 scales `[B, KV, capacity]`. The scale is dynamic: the token's own largest magnitude, known when it is stored, so there
-is nothing to calibrate and a token's codes never depend on its neighbours or its batch. The cost is 4 bytes of scale for D
-bytes of codes: with D = 64, 53 % of BF16 instead of 50 %.
+`fp8.quantize` with one scale for each token and head (the tile "row" over D): codes `[B, KV, capacity, D]` and
+power-of-two FP32 scales `[B, KV, capacity]`. The scale is dynamic: the token's own largest magnitude, known when it is
+stored, so there is nothing to calibrate and a token's codes never depend on its neighbours or its batch. The cost is 4
+bytes of scale for D bytes of codes: with D = 64, 53 % of BF16 instead of 50 %.
 
 **What is computed.** `attend` decodes the codes exactly and computes as `attention/reference.py` says. With E4M3 each
 element is within 2^-4 of itself, or within 2^-10 of its token's scale when it is small against the token's largest.
 
-**Memory.** One buffer a layer, contiguous, allocated for `capacity` positions and doubled when full, so that n tokens cost
-O(n) copies. Contiguous, not paged: the serving engine has its own pages; here is what the definition reads.
+**Memory.** One buffer a layer, contiguous, allocated for `capacity` positions and doubled when full, so that n tokens
+cost O(n) copies. Contiguous, not paged: the serving engine has its own pages; here is what the definition reads.
 
 `bf16` and `fp32` caches store what they are given (BF16 rounds, FP32 does not) and share all the rest; they are the
 yardsticks that the FP8 ones are held against.
@@ -57,7 +57,7 @@ class LayerCache:
         return self.keys.codes.shape[2]
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Store T more positions: k and v `[B, KV, T, D]` in any of FP32, BF16, FP16. Raises `ShapeError`, `TensorError`."""
+        """Store T more positions: k, v `[B, KV, T, D]` in FP32, BF16 or FP16. Raises `ShapeError`, `TensorError`."""
         new = self.check(k, v)
         self.reserve(self.length + new)
         self.keys.write(k, self.length)

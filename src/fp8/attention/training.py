@@ -1,16 +1,17 @@
 """Attention for training: torch's fused kernels, chosen in a fixed order.
 
-On CUDA torch has several kernels for the same sum and picks one by its own list, which has changed between releases. Here
-the order is fixed: cuDNN first (on Hopper the only one of them that uses the asynchronous tensor-core instructions), then
-FlashAttention-2, then the memory-efficient kernel, which takes any mask, then plain matrix products. Each refuses what it
-cannot do (a head size, a mask, FP32), so the first that accepts is taken. On the CPU torch has one fused kernel.
+On CUDA torch has several kernels for the same sum and picks one by its own list, which has changed between releases.
+Here the order is fixed: cuDNN first (on Hopper the only one of them that uses the asynchronous tensor-core
+instructions), then FlashAttention-2, then the memory-efficient kernel, which takes any mask, then plain matrix
+products. Each refuses what it cannot do (a head size, a mask, FP32), so the first that accepts is taken. On the CPU
+torch has one fused kernel.
 
-**Masks.** True means "may look". `[B, S]` marks keys (Hugging Face's `attention_mask`, of ones and zeros, is such a one);
-`[B, T, S]` one table a sequence; four dimensions are used as they are, `[B or 1, H or 1, T or 1, S]`. A floating-point mask is added to
-the scores. A query that may look nowhere gets zeros, not NaN.
+**Masks.** True means "may look". `[B, S]` marks keys (Hugging Face's `attention_mask`, of ones and zeros, is such a
+one); `[B, T, S]` one table a sequence; four dimensions are used as they are, `[B or 1, H or 1, T or 1, S]`. A
+floating-point mask is added to the scores. A query that may look nowhere gets zeros, not NaN.
 
-With a given `mask` and `causal=True` both hold. The last query sits at the last key: with T < S the first S - T keys are
-the past, visible to all.
+With a given `mask` and `causal=True` both hold. The last query sits at the last key: with T < S the first S - T keys
+are the past, visible to all.
 """
 
 from __future__ import annotations

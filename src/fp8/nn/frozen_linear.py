@@ -1,0 +1,91 @@
+"""A linear layer that holds FP8 codes and no parameter: what a checkpoint becomes when it is served.
+
+The codes and scales are those of the file, in bytes. The activation is quantized as the checkpoint says, always in the
+same way: one scale a token (or a group of a token's channels), measured when it passes, so that a token's result never
+depends on its batch. The product is `fp8.matmul`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TensorError
+from ..formats import format_of
+from ..matmul import run_matmul
+from ..quantize import INPUTS, Quantized, run_quantize
+from ..recipe import Recipe
+from ..tile import Tile
+from .autocast import active, recipe_in_use
+
+
+class FrozenLinear(nn.Module):
+    """`y = x W^T + b` with W as it was exported. x [..., K] in FP32, BF16 or FP16; y [..., N] of the type of x, or of
+    the surrounding `torch.autocast`.
+
+    `recipe` says how x is quantized (`recipe.x`, `recipe.scale_rounding`) and how the product is summed
+    (`recipe.accumulate.forward`). Inside `fp8.autocast(enabled=False)` the decoded weight is used, in the type of x.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Quantized, recipe: Recipe, bias: Tensor | None = None, name: str = "") -> None:
+        super().__init__()
+        self.recipe, self.name = recipe, name
+        self.tile: Tile = weight.tile
+        self.format = weight.format
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scale", weight.scale)
+        self.register_buffer("bias", bias)
+
+    @property
+    def out_features(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.codes.shape[1]
+
+    def quantized_weight(self) -> Quantized:
+        """The codes [out_features, in_features] and scales of the checkpoint."""
+        return Quantized(self.codes, self.scale, self.tile, self.format)
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+        if x.dtype not in INPUTS:
+            raise TensorError(f"{self.name or 'a frozen layer'} takes float32, bfloat16 or float16, not {x.dtype}.")
+        if recipe_in_use(self.recipe) is None:
+            return nn.functional.linear(x, self.quantized_weight().dequantize(x.dtype), self._bias(x.dtype))
+        if (products := active().products) is not None:
+            products.counts[self.name, "forward"] += 1
+        y = self._product(x.reshape(-1, self.in_features).detach().contiguous())
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _product(self, x: Tensor) -> Tensor:
+        operand = self.recipe.x
+        row, tile = format_of(operand.format), operand.tile
+        codes, scale, _ = run_quantize(x, None, row, tile, self.recipe.power_of_two)
+        accumulate = self.recipe.accumulate.forward
+        return run_matmul(Quantized(codes, scale, tile, row), self.quantized_weight(), x.dtype, accumulate, self.bias)
+
+    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, tile={str(self.tile)!r}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLinear:
+        """Moves, and never casts: codes are codes and scales are FP32, whatever `model.to(dtype)` asks of the rest."""
+        for name, held in self.named_buffers(recurse=False):
+            setattr(self, name, held.to(fn(held).device) if held.device.type != "meta" else fn(held))
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenLinear:
+        weight = Quantized(self.codes.clone(), self.scale.clone(), self.tile, self.format)
+        return FrozenLinear(weight, self.recipe, None if self.bias is None else self.bias.clone(), self.name)
