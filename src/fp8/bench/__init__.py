@@ -1,0 +1,1 @@
+"""Benchmarks: one file an operation, beside BF16 and beside peers where they are installed."""
