@@ -6,9 +6,10 @@
 bits on every machine, with any number of threads, in any batch. That FP64 is exact needs an argument. E4M3 codes are
 multiples of 2^-9 below 2^9, so products are multiples of 2^-18 below 2^18, and a sum of K = 2^17 of them has at most
 36 + 17 = 53 bits: nothing is lost, whatever the order. E5M2 spans 2^-16 to 2^16, which would be too wide, so an E5M2
-operand is split at magnitude 1 into two parts of narrower span (at and above 1: multiples of 2^-2; below 1: multiples of 2^-16),
-each part's sum is exact, and the parts are added with their last bit made odd where something was cut off, so that the
-final rounding to FP32 is the one of the exact sum. Two E5M2 operands make four parts.
+operand is split at magnitude 1 into two parts of narrower span (at and above 1: multiples of 2^-2; below 1: multiples
+of 2^-16), each part's sum is exact. The sums of parts, and those of every 2^17 of a longer K, are added with what each
+addition loses kept beside the total, and at the end the last bit is made odd where something is cut off, so that the
+rounding to FP32 is the one of the exact sum. Two E5M2 operands make four parts.
 
 `fp32` multiplies in FP32 with the library's own order of summation: faster, and not reproducible.
 
@@ -98,23 +99,41 @@ def table(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def product_exact(x: Tensor, y: Tensor) -> Tensor:
     """The sum over K of the parts of two operands, `[parts, M, K]` and `[parts, N, K]`, rounded once to FP32."""
-    total = None
-    for start in range(0, max(x.shape[2], 1), WIDEST_K):
-        for part_x in x[..., start : start + WIDEST_K]:
-            for part_y in y[..., start : start + WIDEST_K]:
-                partial = part_x @ part_y.t()
-                total = partial if total is None else add_to_odd(total, partial)
-    assert total is not None
-    return total.float()
+    pieces = [
+        part_x @ part_y.t()
+        for start in range(0, max(x.shape[2], 1), WIDEST_K)
+        for part_x in x[..., start : start + WIDEST_K]
+        for part_y in y[..., start : start + WIDEST_K]
+    ]
+    total, lost = pieces[0], None
+    for piece in pieces[1:]:
+        total, error = two_sum(total, piece)
+        lost = error if lost is None else lost + error  # exact: few bits, far below the total
+    if lost is not None:
+        total = to_odd(total, lost) if len(pieces) == 2 else add_to_odd(total, lost)
+    sums = total.float()
+    if lost is not None and not sums.isfinite().all():  # an infinity met the zeros of the other operand's part
+        sums = torch.where(sums.isfinite(), sums, (x.sum(0) @ y.sum(0).t()).float())
+    return sums
+
+
+def two_sum(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """x + y in FP64, and exactly what its rounding lost (Knuth)."""
+    total = x + y
+    back = total - x
+    error = y - back
+    error += x - (total - back)
+    return total, error
 
 
 def add_to_odd(x: Tensor, y: Tensor) -> Tensor:
     """x + y in FP64, rounded to odd: where bits were cut off, the last one kept is 1, so that no later rounding sees a tie
     that was none (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008)."""
-    total = x + y
-    back = total - x
-    error = y - back
-    error += x - (total - back)
+    return to_odd(*two_sum(x, y))
+
+
+def to_odd(total: Tensor, error: Tensor) -> Tensor:
+    """A rounded sum and what it lost (less than its last bit) as the sum rounded to odd."""
     inexact = error != 0
     if not inexact.any():
         return total

@@ -68,7 +68,7 @@ def _quantize(x, scale, format, tile, power_of_two, words):  # type: ignore[no-u
         amax = magnitude.masked_fill(~tiles.isfinite(), 0.0).amax((1, 3))
     if scale is None:
         scale = scale_of(amax, format, power_of_two)
-    v = (tiles / scale[:, None, :, None]).view(-1, tiles.shape[2] * tiles.shape[3])[:rows, :cols]
+    v = (tiles / scale[:, None, :, None]).flatten(2, 3).flatten(0, 1)[:rows, :cols]
     codes = nearest(v, format) if words is None else stochastic(v, words, format)
     codes = codes if finite else mark_non_finite(codes, x, format)
     return codes, scale, amax.amax() if amax.numel() else x.new_zeros(())
