@@ -210,7 +210,9 @@ def _tiles(x, codes, codes_t, scale, format, tile, power_of_two, seed, stream, u
     if not given and scale is None:
         scale = _scale(x, tile, rows, cols)
     if both:
-        scale_t = scale if mode in ("tensor", "current") else scale.t() if tile.transposes else _scale(x, tile, cols, rows)
+        scale_t = (
+            scale if mode in ("tensor", "current") else scale.t() if tile.transposes else _scale(x, tile, cols, rows)
+        )
     amax = _zero(x) if amax is None else amax
     use = use or plan(mode, both, rows)
     down, across = triton.cdiv(rows, use.rows), triton.cdiv(cols, use.cols)

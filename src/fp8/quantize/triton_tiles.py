@@ -29,7 +29,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_cast import amax_bits, factor_of, key, nearest, raise_amax, scale_of, scaled, stochastic, words_of, words_of_four
+from .triton_cast import (
+    amax_bits,
+    factor_of,
+    key,
+    nearest,
+    raise_amax,
+    scale_of,
+    scaled,
+    stochastic,
+    words_of,
+    words_of_four,
+)
 
 
 @triton.jit
