@@ -17,6 +17,7 @@ from rich.console import Console, RenderableType
 
 from . import __version__
 from .errors import Fp8Error
+from .train.command import command as train_command
 
 app = typer.Typer(
     name="fp8",
@@ -111,6 +112,9 @@ def formats(
     else:
         chosen = [row] if format_name else list(FORMATS.values())
         _print(as_json, lambda: show.rows(chosen), lambda: show.table(chosen, notes=console().width >= 140))
+
+
+app.command("train")(train_command())  # its flags are the settings of TrainConfig
 
 
 if __name__ == "__main__":
