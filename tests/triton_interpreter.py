@@ -1,11 +1,13 @@
 """Triton's interpreter, with its casts between float types replaced by right ones.
 
-The interpreter of Triton 3.6 casts FP32 to FP8 wrongly: it drops the carry out of the mantissa, rounds ties away from even,
-truncates subnormals, and turns overflow into unrelated codes (triton#8322). Casts are done here by torch instead, with the
-clipping of the hardware's `cvt.rn.satfinite`. So a test through the interpreter proves a kernel's indices, masks, scales and
-integer arithmetic, while its FP8 cast is this patch's: the bytes themselves are proven on the GPU.
+The interpreter of Triton 3.6 casts FP32 to FP8 wrongly: it drops the carry out of the mantissa, rounds ties away from
+even, truncates subnormals, and turns overflow into unrelated codes (triton#8322). Casts are done here by torch
+instead, with the clipping of the hardware's `cvt.rn.satfinite`. So a test through the interpreter proves a kernel's
+indices, masks, scales and integer arithmetic, while its FP8 cast is this patch's: the bytes themselves are proven on
+the GPU.
 
-`install` must run before anything imports triton: which of the two, interpreter or compiler, is decided at each decorator.
+`install` must run before anything imports triton: which of the two, interpreter or compiler, is decided at each
+decorator.
 """
 
 from __future__ import annotations

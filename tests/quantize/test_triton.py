@@ -1,4 +1,4 @@
-"""The Triton quantizer: byte-equal to the reference, on a Hopper GPU, and (its own cast apart) in Triton's interpreter."""
+"""The Triton quantizer: byte-equal to the reference, on a GPU, and (its own cast apart) in Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -2,14 +2,14 @@
 
     python -m fp8.bench.quantize --out DIR [--no-check] [--variants]
 
-**Bytes.** Every kernel, in every form that its flags can take, runs three times on hard values (zeros, subnormals, all codes
-and the midpoints between them, 448/449/464/465, Inf, NaN, partial tiles) and is compared with the CPU reference. Compiling
-the forms is what takes time, so worker processes share the cases. A matrix of more than 2^31 elements is compared with
-its own last rows.
+**Bytes.** Every kernel, in every form that its flags can take, runs three times on hard values (zeros, subnormals,
+all codes and the midpoints between them, 448/449/464/465, Inf, NaN, partial tiles) and is compared with the CPU
+reference. Compiling the forms is what takes time, so worker processes share the cases. A matrix of more than 2^31
+elements is compared with its own last rows.
 
-**Speed.** A CUDA graph calls an operation on inputs in turn that together exceed the L2; the figure is the median share of a
-call, so the host's launch cost is left out (it is given apart, in microseconds a call). Bytes count each input and output
-once, whatever is read twice. Data is normal. The copy's speed is measured in the same run.
+**Speed.** A CUDA graph calls an operation on inputs in turn that together exceed the L2; the figure is the median
+share of a call, so the host's launch cost is left out (it is given apart, in microseconds a call). Bytes count each
+input and output once, whatever is read twice. Data is normal. The copy's speed is measured in the same run.
 `--variants` also times other rectangles than the plan's.
 """
 
@@ -80,7 +80,7 @@ def hard_values(shape: tuple[int, int], dtype: torch.dtype, calm: bool = True, s
     """A matrix of `shape` with whatever breaks quantizers. `calm`: finite values stay below 500, so that a scale of the
     whole tensor does not flush the rest."""
     draw = torch.Generator().manual_seed(seed)
-    rows, cols = shape
+    rows = shape[0]
     codes = torch.tensor([FORMATS[f].decode(c) for f in ("e4m3", "e5m2") for c in range(0x78)], dtype=torch.float64)
     codes = codes[codes.abs() <= 500].unique()
     middle = (codes[1:] + codes[:-1]) / 2
@@ -187,7 +187,8 @@ class Timing:
         """A row of the table."""
         speed = self.bytes / self.microseconds / 1e3
         where = f"{self.shape[0]}x{self.shape[1]}"
-        return f"{self.operation:44}{where:>13}{self.microseconds:9.1f}{speed:8.0f}{speed / copy:8.2f}{speed * 1e9 / PEAK:7.2f}"
+        share = f"{speed / copy:8.2f}{speed * 1e9 / PEAK:7.2f}"
+        return f"{self.operation:44}{where:>13}{self.microseconds:9.1f}{speed:8.0f}{share}"
 
 
 HEAD = f"{'operation':44}{'shape':>13}{'us':>9}{'GB/s':>8}{'of copy':>8}{'of 4.27':>7}"
@@ -295,7 +296,8 @@ def variants(shape: tuple[int, int]) -> list[Timing]:
         use = triton.Plan(*shape_of, band=band)
         scale = given if has_scale else None
         call = lambda x, t=tile, s=scale, u=use: triton._tiles(x, codes, turned, s, form, Tile.of(t), True, None, 0, u)  # noqa: E731
-        name = f"both {tile}{' given' if has_scale else ''} {shape_of[0]}x{shape_of[1]} J{shape_of[2]} w{shape_of[3]} band{band}"
+        rows, cols, pack, warps = shape_of
+        name = f"both {tile}{' given' if has_scale else ''} {rows}x{cols} J{pack} w{warps} band{band}"
         found.append(timed(name, call, inputs, moved_bytes(x, True)))
     for tile, rows, warps in itertools.product(("1x128", "1x32"), (16, 32, 64, 128), (2, 4, 8)):
         use = triton.Plan(rows, 128, 1, warps)

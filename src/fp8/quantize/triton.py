@@ -6,11 +6,11 @@
     row       `cast_rows`, a row a program      `row_column_keys`, then `cast_tiles`   3 and 6
     1x128, 1x32, 128x128   `cast_tiles`         `cast_tiles`                           3 and 4
 
-The rectangle of a program is a pure function of the request (`plan`): nothing is timed, nothing is run twice. The CPU is asked
-for at most two launches, a fill of a few bytes where an atomic maximum needs a zero, and the outputs.
+The rectangle of a program is a pure function of the request (`plan`): nothing is timed, nothing is run twice. The CPU
+is asked for at most two launches, a fill of a few bytes where an atomic maximum needs a zero, and the outputs.
 
-What was left out: TMA (a store of bytes through it needs the same trip through shared memory), clusters (Triton has none on
-Hopper), and quantizing rows longer than 16384 in one read (they are read twice, the second time from the L2).
+What was left out: TMA (a store of bytes through it needs the same trip through shared memory), clusters (Triton has
+none on Hopper), and quantizing rows longer than 16384 in one read (they are read twice, the second time from the L2).
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ class Plan:
     band: int = 1
 
 
-def plan(mode: str, both: bool, rows: int) -> Plan:
-    """The rectangle for a mode of `cast_tiles`. Groups and squares fix it at 128 x 128; the others are free."""
+def plan(mode: str, both: bool, rows: int, heavy: bool) -> Plan:
+    """The rectangle for a mode of `cast_tiles`. Groups and squares need 128 x 128, the others are free. Random words
+    and IEEE division need registers, so `heavy` requests get twice the warps."""
     pack = 1 if not both else 4 if rows % 4 == 0 else 2 if rows % 2 == 0 else 1
     if mode in ("group", "square"):
-        return Plan(128, 128, pack, 8) if both or mode == "square" else Plan(32, 128, 1, 4)
-    return Plan(64, 128, pack, 4)
+        warps = 16 if heavy else 8
+        return Plan(128, 128, pack, warps) if both or mode == "square" else Plan(32, 128, 1, warps // 2)
+    return Plan(64, 128, pack, 8 if heavy else 4)
 
 
 # --------------------------------------------------------------------------- one orientation: lines and rows
@@ -62,7 +64,7 @@ def cast_line(
     CURRENT: tl.constexpr, E4M3: tl.constexpr, POWER: tl.constexpr, STOCHASTIC: tl.constexpr, EVEN: tl.constexpr,
     PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x, seen as a line of `count` numbers, to codes with one scale; see `cast_tiles` for its modes tensor and current."""
+    """x, a line of `count` numbers, to codes with one scale; see `cast_tiles` for its modes tensor and current."""
     pid = tl.program_id(0)
     if CURRENT:
         pid = tl.num_programs(0) - 1 - pid
@@ -99,7 +101,7 @@ def cast_rows(
     E4M3: tl.constexpr, POWER: tl.constexpr, STOCHASTIC: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """x [rows, cols] to codes and a scale for each row. WHOLE: BN >= cols, so one read; else two, the second from the L2."""
+    """x [rows, cols] to codes and a scale for each row. WHOLE: BN >= cols, one read; else two reads."""
     r = tl.program_id(0) * BM + tl.arange(0, BM)
     line = r.to(tl.int64)[:, None] * cols
     lane = tl.arange(0, BN)[None, :]
@@ -214,7 +216,7 @@ def _tiles(x, codes, codes_t, scale, format, tile, power_of_two, seed, stream, u
             scale if mode in ("tensor", "current") else scale.t() if tile.transposes else _scale(x, tile, cols, rows)
         )
     amax = _zero(x) if amax is None else amax
-    use = use or plan(mode, both, rows)
+    use = use or plan(mode, both, rows, seed is not None or not power_of_two)
     down, across = triton.cdiv(rows, use.rows), triton.cdiv(cols, use.cols)
     other = scale_t if both else scale
     cast_tiles[(down * across,)](

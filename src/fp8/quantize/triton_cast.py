@@ -1,21 +1,23 @@
 """What every Triton kernel here does to a number: measure it, scale it, round it to a code. Device functions only.
 
-**Amax on bits.** The magnitudes of finite FP32 numbers order like their bits, and Inf and NaN lie above them. `key` adds
-0x00800000 to the magnitude bits: a finite number stays below 2^31, Inf and NaN wrap to a negative integer, so one signed
-maximum over keys ignores them. A key of 0x00800000 or less means "nothing but zeros", which also pads partial tiles. It costs
-a mask and one add-and-maximum for each element; there is no comparison and no floating-point maximum to treat NaN its way.
+**Amax on bits.** The magnitudes of finite FP32 numbers order like their bits, and Inf and NaN lie above them. `key`
+adds 0x00800000 to the magnitude bits: a finite number stays below 2^31, Inf and NaN wrap to a negative integer, so
+one signed maximum over keys ignores them. A key of 0x00800000 or less means "nothing but zeros", which also pads
+partial tiles. It costs a mask and one add-and-maximum for each element; there is no comparison and no floating-point
+maximum to treat NaN its way.
 
-**Scale.** `scale_bits` is the integer formula of the reference. For a power of two the exact reciprocal has the exponent
-254 - e, so x / scale is one multiplication; 2^127 is the one scale whose reciprocal is subnormal. Any other scale divides,
-by IEEE division (`tl.div_rn`; a plain `/` is wrong in the last two places).
+**Scale.** `scale_bits` is the integer formula of the reference. For a power of two the exact reciprocal has the
+exponent 254 - e, so x / scale is one multiplication; 2^127 is the one scale whose reciprocal is subnormal. Any other
+scale divides, by IEEE division (`tl.div_rn`; a plain `/` is wrong in the last two places).
 
-**Codes.** `cvt.rn.satfinite` rounds to nearest even and clips, but clips Inf too. For E4M3 `fma(x, 0, v)` is v for a finite
-x (with its sign of zero) and NaN for any other, in one instruction; for E5M2 the Inf codes are patched in. `tl.clamp` is
-left out on purpose: it turns NaN into a bound, and its other form corrupts transposed stores (triton#11111).
+**Codes.** `cvt.rn.satfinite` rounds to nearest even and clips, but clips Inf too. For E4M3 `fma(x, 0, v)` is v for a
+finite x (with its sign of zero) and NaN for any other, in one instruction; for E5M2 the Inf codes are patched in.
+`tl.clamp` is left out on purpose: it turns NaN into a bound, and its other form corrupts transposed stores
+(triton#11111).
 
-**Stochastic rounding** works on the integers of t = |x / scale| in units of the last place, and Philox4x32-10 yields four
-words a call, one for each of four neighbours in a row. Where a row is no multiple of four, four calls are made and one word
-of each is kept: slower, the same bits.
+**Stochastic rounding** works on the integers of t = |x / scale| in units of the last place, and Philox4x32-10 yields
+four words a call, one for each of four neighbours in a row. Where a row is no multiple of four, four calls are made
+and one word of each is kept: slower, the same bits.
 """
 
 from __future__ import annotations

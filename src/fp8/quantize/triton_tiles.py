@@ -1,17 +1,17 @@
 """The kernel that reads a rectangle of the matrix once and writes its codes, its transposed codes, or both.
 
-**One read, two orientations.** A program holds a rectangle of BM x BN numbers in registers, as a tensor `[BM / J, J, BN]` in
-which element (i, j, c) is row J * i + j, column c. Loads and row-major stores run along c, 16 bytes at a time. For the other
-orientation the J = 4 codes at (i, 0..3, c), which lie in one thread because Triton hands out dimension 1 last, are packed
-into one 32-bit word: four neighbours in the transposed row c. Only `[BM / 4, BN]` words then change places through shared
-memory, as words and not as bytes, and leave as 16-byte stores along the transposed row. J falls to 2 or 1 where the number
-of rows is not a multiple of four.
+**One read, two orientations.** A program holds a rectangle of BM x BN numbers in registers, as a tensor `[BM / J, J,
+BN]` in which element (i, j, c) is row J * i + j, column c. Loads and row-major stores run along c, 16 bytes at a
+time. For the other orientation the J = 4 codes at (i, 0..3, c), which lie in one thread because Triton hands out
+dimension 1 last, are packed into one 32-bit word: four neighbours in the transposed row c. Only `[BM / 4, BN]` words
+then change places through shared memory, as words and not as bytes, and leave as 16-byte stores along the transposed
+row. J falls to 2 or 1 where the number of rows is not a multiple of four.
 
 **Where a scale comes from** (MODE):
 
     tensor   one scale, given; the finite amax goes to one integer by atomic maximum
-    current  one scale, from the partial maxima that `partial_keys` left: every program reduces those few hundred words itself,
-             so there is no third launch and nothing returns to the host
+    current  one scale, from the partial maxima that `partial_keys` left: every program reduces those few hundred words
+             itself, so there is no third launch and nothing returns to the host
     row      a scale for each row and, transposed, each column, from the maxima that `row_column_keys` left
     group    1x128 or 1x32: GROUP neighbours in a row; transposed, GROUP neighbours in a column
     square   128x128: the same scale in both orientations
@@ -45,7 +45,7 @@ from .triton_cast import (
 
 @triton.jit
 def partial_keys(x_ptr, keys_ptr, count, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    """keys[p] = the largest key of what program p reads: every BLOCK-th stretch of x, seen as a line of `count` numbers."""
+    """keys[p] = the largest key of what program p reads: stretches of BLOCK of x, seen as a line of `count` numbers."""
     lane = tl.arange(0, BLOCK)
     best = tl.zeros([BLOCK], tl.int32)
     step = tl.num_programs(0).to(tl.int64) * BLOCK
@@ -77,42 +77,42 @@ def row_column_keys(x_ptr, keys_ptr, rows, cols, BM: tl.constexpr, BN: tl.conste
 
 
 @triton.jit
-def along_rows(keys, GROUP: tl.constexpr, I: tl.constexpr, J: tl.constexpr, BN: tl.constexpr):
-    """[I, J, BN] keys to [I, J, BN / GROUP]: the maximum of each group of neighbours in a row."""
+def along_rows(keys, GROUP: tl.constexpr, H: tl.constexpr, J: tl.constexpr, BN: tl.constexpr):
+    """[H, J, BN] keys to [H, J, BN / GROUP]: the maximum of each group of neighbours in a row."""
     if GROUP == BN:
         return tl.max(keys, axis=2)[:, :, None]
     else:
-        return tl.max(tl.reshape(keys, [I, J, BN // GROUP, GROUP]), axis=3)
+        return tl.max(tl.reshape(keys, [H, J, BN // GROUP, GROUP]), axis=3)
 
 
 @triton.jit
-def spread_rows(factor, GROUP: tl.constexpr, I: tl.constexpr, J: tl.constexpr, BN: tl.constexpr):
-    """[I, J, BN / GROUP] to what broadcasts over [I, J, BN]."""
+def spread_rows(factor, GROUP: tl.constexpr, H: tl.constexpr, J: tl.constexpr, BN: tl.constexpr):
+    """[H, J, BN / GROUP] to what broadcasts over [H, J, BN]."""
     if GROUP == BN:
         return factor
     else:
-        wide = tl.broadcast_to(factor[:, :, :, None], [I, J, BN // GROUP, GROUP])
-        return tl.reshape(wide, [I, J, BN])
+        wide = tl.broadcast_to(factor[:, :, :, None], [H, J, BN // GROUP, GROUP])
+        return tl.reshape(wide, [H, J, BN])
 
 
 @triton.jit
-def along_columns(keys, GROUP: tl.constexpr, I: tl.constexpr, J: tl.constexpr, BN: tl.constexpr):
-    """[I, J, BN] keys to [I * J / GROUP, BN]: the maximum of each group of neighbours in a column."""
+def along_columns(keys, GROUP: tl.constexpr, H: tl.constexpr, J: tl.constexpr, BN: tl.constexpr):
+    """[H, J, BN] keys to [H * J / GROUP, BN]: the maximum of each group of neighbours in a column."""
     keys = tl.max(keys, axis=1)
-    if GROUP == I * J:
+    if GROUP == H * J:
         return tl.max(keys, axis=0)[None, :]
     else:
-        return tl.max(tl.reshape(keys, [I * J // GROUP, GROUP // J, BN]), axis=1)
+        return tl.max(tl.reshape(keys, [H * J // GROUP, GROUP // J, BN]), axis=1)
 
 
 @triton.jit
-def spread_columns(factor, GROUP: tl.constexpr, I: tl.constexpr, J: tl.constexpr, BN: tl.constexpr):
-    """[I * J / GROUP, BN] to what broadcasts over [I, J, BN]."""
-    if GROUP == I * J:
+def spread_columns(factor, GROUP: tl.constexpr, H: tl.constexpr, J: tl.constexpr, BN: tl.constexpr):
+    """[H * J / GROUP, BN] to what broadcasts over [H, J, BN]."""
+    if GROUP == H * J:
         return factor[:, None, :]
     else:
-        tall = tl.broadcast_to(factor[:, None, :], [I * J // GROUP, GROUP // J, BN])
-        return tl.reshape(tall, [I, BN])[:, None, :]
+        tall = tl.broadcast_to(factor[:, None, :], [H * J // GROUP, GROUP // J, BN])
+        return tl.reshape(tall, [H, BN])[:, None, :]
 
 
 @triton.jit
@@ -124,10 +124,10 @@ def encode(x, v, word, E4M3: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
-def pack(codes, I: tl.constexpr, J: tl.constexpr, BN: tl.constexpr):
-    """[I, J, BN] codes to [I, BN] words of J bytes, the code of j = 0 lowest."""
+def pack(codes, H: tl.constexpr, J: tl.constexpr, BN: tl.constexpr):
+    """[H, J, BN] codes to [H, BN] words of J bytes, the code of j = 0 lowest."""
     if J == 1:
-        return tl.reshape(codes, [I, BN])
+        return tl.reshape(codes, [H, BN])
     else:
         WORD: tl.constexpr = tl.uint32 if J == 4 else tl.uint16
         place = (tl.arange(0, J) * 8)[None, :, None]
@@ -150,7 +150,7 @@ def cast_tiles(
     `keys_ptr` is read by current and row; `amax_ptr` (int32 bits, zero before) is raised by the other modes.
     BAND rectangles in a column follow each other before the next column starts (1: row after row of rectangles).
     """
-    I: tl.constexpr = BM // J
+    H: tl.constexpr = BM // J
     pid = tl.program_id(0)
     if MODE == "current" or MODE == "row":
         pid = down * across - 1 - pid
@@ -162,7 +162,7 @@ def cast_tiles(
         within = pid % (BAND * across)
         tile_r, tile_c = first + within % height, within // height
 
-    i = tl.arange(0, I)[:, None]
+    i = tl.arange(0, H)[:, None]
     j = tl.arange(0, J)[None, :]
     r = tile_r * BM + i * J + j
     c = tile_c * BN + tl.arange(0, BN)
@@ -213,7 +213,7 @@ def cast_tiles(
     else:
         GROUPS: tl.constexpr = BN // GROUP
         keys = key(x)
-        largest = along_rows(keys, GROUP, I, J, BN)
+        largest = along_rows(keys, GROUP, H, J, BN)
         g = tile_c * GROUPS + tl.arange(0, GROUPS)
         spot = r[:, :, None] * stride_r + g[None, None, :] * stride_c
         held = (r < rows)[:, :, None] & (g * GROUP < cols)[None, None, :]
@@ -222,13 +222,13 @@ def cast_tiles(
         else:
             scale = scale_of(amax_bits(largest), E4M3, POWER)
             tl.store(scale_ptr + spot, scale, mask=held)
-        factor = spread_rows(factor_of(scale, POWER), GROUP, I, J, BN)
+        factor = spread_rows(factor_of(scale, POWER), GROUP, H, J, BN)
         if BOTH:
-            scale_t = scale_of(amax_bits(along_columns(keys, GROUP, I, J, BN)), E4M3, POWER)
+            scale_t = scale_of(amax_bits(along_columns(keys, GROUP, H, J, BN)), E4M3, POWER)
             h = tile_r * (BM // GROUP) + tl.arange(0, BM // GROUP)
             spot_t = c[None, :] * stride_tr + h[:, None] * stride_tc
             tl.store(scale_t_ptr + spot_t, scale_t, mask=(c < cols)[None, :] & (h * GROUP < rows)[:, None])
-            factor_t = spread_columns(factor_of(scale_t, POWER), GROUP, I, J, BN)
+            factor_t = spread_columns(factor_of(scale_t, POWER), GROUP, H, J, BN)
         raise_amax(amax_ptr, amax_bits(tl.max(largest)))
 
     # ---- the codes
@@ -237,7 +237,7 @@ def cast_tiles(
         if QUAD:
             quad = tile_c * (BN // 4) + tl.arange(0, BN // 4)
             block = r.to(tl.int64)[:, :, None] * (cols // 4) + quad[None, None, :]
-            word = words_of_four(block, seed_low, seed_high, stream, [I, J, BN])
+            word = words_of_four(block, seed_low, seed_high, stream, [H, J, BN])
         else:
             word = words_of(at, seed_low, seed_high, stream)
     codes = encode(x, scaled(x, factor, POWER), word, E4M3, STOCHASTIC)
@@ -252,11 +252,11 @@ def cast_tiles(
         if MODE == "row" or MODE == "group":
             codes = encode(x, scaled(x, factor_t, POWER), word, E4M3, STOCHASTIC)
         WORD: tl.constexpr = tl.uint32 if J == 4 else (tl.uint16 if J == 2 else tl.uint8)
-        turned = tl.trans(pack(codes, I, J, BN))
+        turned = tl.trans(pack(codes, H, J, BN))
         words = rows // J
         if ALIGNED:
             words = tl.multiple_of(words, 16 // J)
-        k = tile_r * I + tl.arange(0, I)
+        k = tile_r * H + tl.arange(0, H)
         out_t = codes_t_ptr.to(tl.pointer_type(WORD), bitcast=True) + (c.to(tl.int64)[:, None] * words + k[None, :])
         if EVEN:
             tl.store(out_t, turned)
