@@ -6,6 +6,7 @@ writes nothing. Once a step, after the optimizer, `update` looks at all layers t
 anything back:
 
     found_inf          pending is thrown away: a step that did not count leaves no trace
+    first time         the scale is computed, due or not: until then each use had its own
     nothing written    the tensor keeps its history and its scale
     else               pending enters the window, and  scale = power of two above  reduce(window) * 2^margin / max
     pending > max * scale   something saturated: the next scale is at least twice this one, due or not
@@ -46,6 +47,11 @@ class ScaleState(nn.Module):
         self.power_of_two = recipe.power_of_two
         self.formats = tuple(format_of(getattr(recipe, operand).format) for operand in OPERANDS)
 
+    def serves(self, recipe: Recipe) -> bool:
+        """Whether this is the state that the recipe's layers keep."""
+        formats = tuple(format_of(getattr(recipe, operand).format) for operand in OPERANDS)
+        return (self.delayed, self.power_of_two, self.formats) == (recipe.delayed, recipe.power_of_two, formats)
+
     def before(self, operand: int, x: Tensor, record: bool) -> Tensor | None:
         """The scale [1, 1] to quantize `x` with; None: measure it."""
         raise AssertionError("each rule has its own")
@@ -55,7 +61,7 @@ class ScaleState(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScaleState:
         for name, buffer in self.named_buffers(recurse=False):
-            setattr(self, name, buffer.to(fn(buffer).device))
+            setattr(self, name, fn(buffer) if buffer.is_meta else buffer.to(fn(buffer).device))
         return self
 
 
@@ -82,11 +88,13 @@ class DelayedState(ScaleState):
 
     def after(self, operand: int, amax: Tensor, scale: Tensor) -> None:
         record(self.pending, amax, operand)
+        if not torch.compiler.is_compiling():
+            self.seen[operand] = True
         if not self.warm[operand]:  # stands until the first update, and after it if that step is discarded
             overwrite(self.scale, scale.reshape(()), operand)
 
     def expect(self, *operands: int) -> None:
-        """Mark operands that this step quantizes."""
+        """Mark operands that this step quantizes, where Python is not there to see it: in a compiled graph."""
         for operand in operands:
             self.seen[operand] = True
 
@@ -123,7 +131,8 @@ class ArticleState(ScaleState):
     def before(self, operand: int, x: Tensor, record: bool) -> Tensor:
         if not record:
             return (1.0 / self.history[operand].mean()).view(1, 1)
-        peak = torch.where(x.isfinite(), x.abs(), 0.0).amax().float()
+        finite = torch.where(x.isfinite(), x.abs(), 0.0)
+        peak = finite.amax().float() if x.numel() else self.scale.new_zeros(())
         maximum = self.formats[operand].max
         due = self.calls[operand] % self.delayed.update_every == 0
         fresh = maximum / (peak + self.EPSILON)
@@ -167,16 +176,17 @@ def _update_group(states: list[DelayedState], found_inf: Tensor | bool | None, d
     history = torch.stack([s.history for s in states])
     scale = torch.stack([s.scale for s in states])
     pending = torch.stack([s.pending for s in states])
-    written = pending >= 0
+    written, unfilled = pending >= 0, history[..., -1] < 0
     if found_inf is not None:
         written &= ~(torch.as_tensor(found_inf, device=scale.device) != 0)
     pushed = torch.cat([history[..., 1:], pending.unsqueeze(-1)], -1)
     history = torch.where(written.unsqueeze(-1), pushed, history)
     following = scale
-    if due:
+    if due or not all(all(s.warm) for s in states):
         amax = (reduced(history, first.delayed.reduce) * 2.0**first.delayed.margin).clamp(max=FLOAT32_MAX)
         columns = [scale_of(amax[:, i].contiguous(), f, first.power_of_two) for i, f in enumerate(first.formats)]
-        following = torch.stack(columns, 1)
+        fresh = torch.stack(columns, 1)
+        following = fresh if due else torch.where(unfilled, fresh, scale)
     largest = torch.tensor([f.max for f in first.formats], device=scale.device)
     backed_off = torch.where(pending > largest * scale, torch.maximum(following, 2 * scale), following)
     torch._foreach_copy_([s.history for s in states], list(history))
@@ -199,12 +209,18 @@ def reduced(history: Tensor, reduce: str) -> Tensor:
 
 @torch.no_grad()
 def scale_gradients(states: Iterable[ScaleState], ratio: Tensor | float) -> None:
-    """A loss scale that was multiplied by 2^k multiplies what is remembered of gradients by 2^k."""
+    """A loss scale that was multiplied by `ratio` multiplies what is remembered of gradients.
+
+    The scale stays a power of two: where the ratio is none, it takes the next one above.
+    """
+    ratio = torch.as_tensor(ratio, dtype=torch.float32)
+    mantissa, exponent = torch.frexp(ratio)
+    up = torch.ldexp(torch.ones_like(ratio), exponent - (mantissa == 0.5).int())
     for state in states:
         if isinstance(state, DelayedState):
             row = state.history[2]
-            row.copy_(torch.where(row >= 0, row * ratio, row))
-            state.scale[2].mul_(ratio)
+            row.copy_(torch.where(row >= 0, row * ratio.to(row.device), row))
+            state.scale[2].mul_((up if state.power_of_two else ratio).to(row.device)).clamp_(2.0**-126, 2.0**126)
 
 
 # In a compiled graph, a buffer may change only inside an operator that says so: hence these two.

@@ -27,6 +27,7 @@ from .products import Fp8Products
 
 HEADS = ("lm_head", "head", "output_head", "embed_out", "classifier")
 INPUTS = (torch.float32, torch.bfloat16, torch.float16)
+FAST_PATHS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 
 
 @dataclass(frozen=True)
@@ -311,15 +312,17 @@ def _parts(module: nn.Module) -> list[Fp8Products]:
 
 
 def _stay_off_the_fast_path(model: nn.Module, on: bool) -> None:
-    """Keep `nn.TransformerEncoderLayer` from its fused evaluation kernel, which would pass its FP8 layers by."""
+    """Keep `nn.TransformerEncoderLayer` from its fused evaluation kernel, which would pass its FP8 layers by, and
+    `nn.TransformerEncoder` from the nested tensors that only this kernel takes."""
     for module in model.modules():
-        if not isinstance(module, nn.TransformerEncoderLayer):
+        switch = next((name for kind, name in FAST_PATHS.items() if isinstance(module, kind)), None)
+        if switch is None or not hasattr(module, switch):
             continue
         if on and _parts(module) and "fp8_fast_path" not in module.__dict__:
-            module.__dict__["fp8_fast_path"] = module.activation_relu_or_gelu
-            module.activation_relu_or_gelu = 0
+            module.__dict__["fp8_fast_path"] = getattr(module, switch)
+            setattr(module, switch, False)
         elif not on and "fp8_fast_path" in module.__dict__:
-            module.activation_relu_or_gelu = module.__dict__.pop("fp8_fast_path")
+            setattr(module, switch, module.__dict__.pop("fp8_fast_path"))
 
 
 def _refuse_non_finite(name: str, module: nn.Module) -> None:

@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from ..errors import ConvertError, TensorError
+from ..errors import ConvertError, ShapeError, TensorError
 from ..formats import format_of
 from ..matmul import run_matmul
 from ..quantize import INPUTS, Quantized, run_quantize, run_quantize_both
@@ -92,6 +93,7 @@ class _Linear(torch.autograd.Function):
         return run_matmul(x_q, w_q, x.dtype, run.recipe.accumulate.forward, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         run: Run = ctx.run
         x_type, w_type, bias_type = ctx.dtypes
@@ -152,26 +154,33 @@ class Fp8Products(nn.Module):
             x = x.to(torch.get_autocast_dtype(device))
         if x.dtype not in INPUTS:
             raise TensorError(f"{self.name or 'an FP8 layer'} takes float32, bfloat16 or float16, not {x.dtype}.")
-        run = self.run(recipe, weight)
+        if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+            raise ShapeError(
+                f"{self.name or 'an FP8 layer'} takes [..., {weight.shape[1]}]; x has shape {tuple(x.shape)}."
+            )
+        run = self.run(recipe, weight, x.requires_grad)
         y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, run)
         return y.view(*x.shape[:-1], weight.shape[0])
 
-    def run(self, recipe: Recipe, weight: Tensor) -> Run:
+    def run(self, recipe: Recipe, weight: Tensor, backward: bool) -> Run:
         record = self.training and torch.is_grad_enabled()
         state = self._state(recipe, weight)
-        if record and isinstance(state, DelayedState):
-            state.expect(X, GRAD) if self.codes is not None else state.expect(X, W, GRAD)
+        if record and isinstance(state, DelayedState) and torch.compiler.is_compiling():
+            quantized = (X, *(() if self.codes is not None else (W,)))
+            state.expect(*quantized, *((GRAD,) if backward or weight.requires_grad else ()))
         return Run(recipe, state, record, self._codes(recipe, weight), active().products, self.name)
 
     def _state(self, recipe: Recipe, weight: Tensor) -> ScaleState | None:
-        if recipe.delayed is not None and self.delayed is None:  # a layer without a recipe, under autocast
+        if recipe.delayed is None:
+            return None
+        if self.delayed is None or not self.delayed.serves(recipe):  # a layer without a recipe, under autocast
             if torch.compiler.is_compiling():
                 raise ConvertError(
                     "delayed scaling keeps state: give the layer its recipe (fp8.convert) before compiling."
                 )
             state = state_for(recipe)
             self.delayed = None if state is None else state.to(weight.device)
-        return self.delayed if recipe.delayed is not None else None
+        return self.delayed
 
     def _codes(self, recipe: Recipe, weight: Tensor) -> Pair | None:
         """The refreshed codes, if they are of this recipe and of the parameter as it is."""
@@ -197,8 +206,6 @@ class Fp8Products(nn.Module):
         """Write the codes of the weight as it is now into the buffers, in place."""
         if self.recipe is None:
             return
-        if isinstance(self.delayed, DelayedState) and self.training:
-            self.delayed.expect(W)
         q, q_t = self.quantize_weight(weight, record=self.training)
         fresh = {"codes": q.codes, "codes_t": q_t.codes, "scale": q.scale, "scale_t": q_t.scale}
         if self.recipe.w.tile.transposes:
