@@ -19,7 +19,8 @@ and in `config.json`, `quantization_config`: groups of layers with one scheme ea
 
 Their q, k and v (gate and up) are row ranges of our one matrix. Where a boundary cuts a 128-row block in two, smaller
 blocks with the same scale on both sides say the same numbers, with no code rounded again. Readers whose kernels know
-only 128 x 128 need heads whose rows are multiples of 128.
+only 128 x 128 need heads whose rows are multiples of 128; compressed-tensors itself wants every K to be a multiple of
+128 where activations have groups of 128.
 
 Activations are quantized when served: one scale a token (`token`), or one for each group of channels (`group`, for
 recipes with 1x128 or 1x32 activations). A per-tensor activation scale would depend on the batch, so a per-tensor

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..models.huggingface import Shard, from_config, from_huggingface, shards
+from ..models.huggingface import Shard, from_config, from_huggingface, shape_of, shards
 from ..models.llama import Decoder, DecoderConfig
 from ..nn.frozen_linear import FrozenLinear
 from ..quantize import Quantized
@@ -100,7 +100,7 @@ def take_frozen(config: DecoderConfig, tensors: dict[str, Tensor], groups: Group
         if ours.endswith("norm") or ours == "embedding" or (ours == "head" and config.tie_embeddings):
             continue
         if (scheme := common_scheme(parts, groups)) is not None:
-            weight = take_weight(tensors, parts, scheme)
+            weight = take_weight(tensors, parts, scheme, config)
             found[ours] = FrozenLinear(weight, scheme.recipe(weight.tile), name=ours)
     return found
 
@@ -114,15 +114,13 @@ def common_scheme(parts: list[Shard], groups: Groups) -> Scheme | None:
     return next(iter(schemes.values()))
 
 
-def take_weight(tensors: dict[str, Tensor], parts: list[Shard], scheme: Scheme) -> Quantized:
+def take_weight(tensors: dict[str, Tensor], parts: list[Shard], scheme: Scheme, config: DecoderConfig) -> Quantized:
     """The weight that the shards make up, checked, and out of `tensors`."""
     codes, scales = [], []
     for part in parts:
         weight, scale = (_take(tensors, f"{part.name}.{kind}") for kind in ("weight", "weight_scale"))
-        if weight.dim() != 2 or weight.shape[0] != part.stop - part.start:
-            raise CheckpointError(
-                f"{part.name}.weight has shape {tuple(weight.shape)}; it needs {part.stop - part.start} rows."
-            )
+        if tuple(weight.shape) != (need := shape_of(part, config)):
+            raise CheckpointError(f"{part.name}.weight has shape {tuple(weight.shape)}; config.json calls for {need}.")
         if scheme.block is None and scale.numel() == 1:  # per tensor: the one scale of every row
             scale = scale.reshape(1, 1).expand(weight.shape[0], 1)
         check_shard(part.name, weight, scale, scheme)

@@ -180,7 +180,7 @@ def rope(plain: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def refuse_other_models(plain: Mapping[str, Any]) -> None:
     """Say which setting asks for something that `Decoder` does not compute."""
-    heads, hidden = plain.get("num_attention_heads", 1), plain.get("hidden_size", 0)
+    width = plain.get("hidden_size", 0) // (plain.get("num_attention_heads") or 1)
     rope_type = rope(plain).get("rope_type", rope(plain).get("type", "default"))
     facts = {
         "model_type": (plain.get("model_type", "llama"), "llama"),
@@ -188,7 +188,7 @@ def refuse_other_models(plain: Mapping[str, Any]) -> None:
         "attention_bias": (bool(plain.get("attention_bias", False)), False),
         "mlp_bias": (bool(plain.get("mlp_bias", False)), False),
         "rope_type": (rope_type, "default"),
-        "head_dim": (plain.get("head_dim") or hidden // heads, hidden // heads),
+        "head_dim": (plain.get("head_dim") or width, width or plain.get("head_dim")),
     }
     for name, (have, need) in facts.items():
         if have != need:
