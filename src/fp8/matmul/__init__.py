@@ -139,7 +139,9 @@ def check(a: Quantized, b: Quantized, out_dtype: torch.dtype, accumulate: str, b
     """Refuse operands that do not fit, naming what was given."""
     for name, q in (("a", a), ("b", b)):
         if not isinstance(q, Quantized):
-            raise TensorError(f"matmul multiplies quantized operands; {name} is a {type(q).__name__}: fp8.quantize it first.")
+            raise TensorError(
+                f"matmul multiplies quantized operands; {name} is a {type(q).__name__}: fp8.quantize it first."
+            )
     one_of(accumulate, ACCUMULATE + CPU_MODELS, "accumulate")
     if out_dtype not in OUTPUTS:
         raise TensorError(f"matmul returns bfloat16, float16 or float32, not {out_dtype}.")

@@ -60,6 +60,8 @@ def why_not(request: Request) -> str | None:
     if (a, b) not in ((BLOCK, SQUARE), (SQUARE, BLOCK), (BLOCK, BLOCK)):
         need = "it needs 1x128 on at least one side and scales along K on both"
         return f"cuBLASLt does not combine the tiles {a} and {b}: {need}"
+    if "e5m2" in (request.format_a, request.format_b):
+        return "torch passes cuBLASLt only E4M3 operands with scales along K"
     if request.accumulate == "fast":
         return "cuBLASLt always promotes with scales along K: ask for accumulate='promoted'"
     if not hasattr(torch.nn.functional, "scaled_mm"):

@@ -24,7 +24,9 @@ From steps to a matrix product:
                 its run as above, and the S results are added in FP32 in order
     blocks      with scales along K, each block's chain is scaled and folded into an FP32 total (`Fold`)
 
-then the epilogue y = RN(t * RN(scale_a * scale_b)), plus bias in FP32, and one rounding to the output type.
+then the scales in cuBLASLt's order (`apply_scales` and `Fold`), the bias in FP32, and one rounding to the output type.
+
+What was shown, on an H200 with cuBLASLt 13.1, over whole outputs: `docs/numerics.md` has the list.
 
 A NaN code makes its whole row or column NaN. E5M2's infinities follow IEEE: Inf * 0 and Inf - Inf are NaN. NaN payloads
 are not modelled: compare NaN with NaN.
@@ -33,8 +35,9 @@ Memory layout. Operands are turned to [K, M] and [K, N], so that a step is 32 pl
 stream along n, and the reduction over planes vectorizes. Outputs are cut into tiles (`AREA`) to keep those planes in a
 CPU's cache, or below some 300 MiB on a GPU.
 
-What was left out. Which S cuBLASLt picks is a heuristic of library, GPU and workspace, not arithmetic: `split_k` is a
-table of what was seen. Accumulators of other chips. Speed beyond what tests need.
+What was left out. Whether cuBLASLt splits K, and into how many runs, is a heuristic of library, GPU and workspace, not
+arithmetic. It did so for few outputs and K above 4096 only; `splits` says how many, and by default there is one. Accumulators
+of other chips. Speed beyond what tests need.
 
 Source: Khattak and Mikaitis, "Accurate Models of NVIDIA Tensor Cores" (ACM TACO 2026, arXiv:2512.07004) for the
 aligned, truncated sum; the `mmaemu` package for Hopper's constants and its split K. The tests hold this file to that
@@ -53,7 +56,7 @@ from torch.nn.functional import pad
 
 from ..formats import format_of
 from ..quantize.record import Quantized
-from .reference import add_to_odd, alpha, finish
+from .reference import add_to_odd, apply_scales, finish
 
 STEP = 32  # products the tensor core adds at once
 CHAIN = 128  # of K between two moves to FP32 when promoted; also the width of a split's slice
@@ -70,11 +73,16 @@ class Fold:
 
     `fused`: one rounding for multiply and add. `order`: which product is rounded first: "pair" is
     p * RN(scale_a * scale_b), "a" is RN(p * scale_a) * scale_b, "b" is RN(p * scale_b) * scale_a. With power-of-two
-    scales every choice gives the same bits.
+    scales every choice gives the same bits. `of` tells what cuBLASLt does.
     """
 
     fused: bool = True
     order: Literal["pair", "a", "b"] = "pair"
+
+    @staticmethod
+    def of(a: Quantized, b: Quantized) -> Fold:
+        """Measured: fused always; a 1x128 scale on both sides multiplies a's first, a 128x128 one on either the pair."""
+        return Fold(order="a" if a.tile.rows == b.tile.rows == 1 else "pair")
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,7 @@ def accumulate_blocks(a: Quantized, b: Quantized, fold: Fold | None = None, spli
     scale_a, scale_b = _scales(a, width), _scales(b, width)
 
     def summed(fa: _Factor, fb: _Factor, m: slice, n: slice) -> Tensor:
-        return _folded(fa, fb, scale_a[:, m, None], scale_b[:, None, n], width, fold or Fold(), splits)
+        return _folded(fa, fb, scale_a[:, m, None], scale_b[:, None, n], width, fold or Fold.of(a, b), splits)
 
     return _over_tiles(a.codes, b.codes, summed) + _non_finite(a.codes, b.codes)
 
@@ -127,33 +135,22 @@ def matmul(
     accumulate: str,
     bias: Tensor | None,
     *,
-    splits: int | None = None,
+    splits: int = 1,
     fold: Fold | None = None,
 ) -> Tensor:
     """`a [M, K] @ b [N, K].T` as Hopper computes it; `accumulate` is "hopper_fast" or "hopper_promoted".
 
-    Scales along K are always promoted, as in cuBLASLt. `splits=None` takes `split_k`. Returns `out_dtype` [M, N].
+    Scales along K are always promoted, as in cuBLASLt. `splits`: the workers of split K. Returns `out_dtype` [M, N].
     """
-    rows, cols, depth = a.codes.shape[0], b.codes.shape[0], a.codes.shape[1]
-    splits = split_k(rows, cols, depth) if splits is None else splits
     if a.tile.constant_along_k and b.tile.constant_along_k:
         total = _accumulate(a.codes, b.codes, accumulate == "hopper_promoted", splits)
-        total = total * alpha(a.scale, b.scale)
+        total = apply_scales(total, a, b)
     else:
         total = accumulate_blocks(a, b, fold, splits)
     return finish(total, bias, out_dtype)
 
 
 _accumulate = accumulate  # `matmul` has an argument of that name
-
-
-def split_k(rows: int, cols: int, depth: int) -> int:
-    """How many workers cuBLASLt is thought to split K over: only where there are few outputs and K exceeds 4096.
-
-    A guess in the shape of what was logged on an H100 (a worker gets at least some 2700 of K, at most 6 of them).
-    """
-    tiles = -(-rows // 128) * -(-cols // 128)
-    return max(1, min(depth // 2688, 6, 24 // max(tiles, 1))) if depth > 4096 else 1
 
 
 def fused_multiply_add(x: Tensor, y: Tensor, z: Tensor) -> Tensor:

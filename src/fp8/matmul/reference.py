@@ -13,9 +13,10 @@ rounding to FP32 is the one of the exact sum. Two E5M2 operands make four parts.
 
 `fp32` multiplies in FP32 with the library's own order of summation: faster, and not reproducible.
 
-**The scales.** Where both tiles are constant along K, `y = RN32(acc * RN32(scale_a * scale_b))`. Otherwise K is cut into blocks on
-which both scales are constant and `y = sum over blocks, ascending, in FP32, of (scale_a * scale_b) * partial`. The bias is added in FP32,
-and one rounding gives the output type.
+**The scales.** Two tensor scales: `y = RN32(acc * RN32(scale_a * scale_b))`. A row scale on either side: `RN32(RN32(acc * scale_b) * scale_a)`,
+the order measured in cuBLASLt. Otherwise K is cut into blocks on which both scales are constant, and
+`y = sum over blocks, ascending, in FP32, of (scale_a * scale_b) * partial`. With power-of-two scales the order is the same to the bit. The
+bias is added in FP32, and one rounding gives the output type.
 """
 
 from __future__ import annotations
@@ -46,12 +47,20 @@ def matmul(a: Quantized, b: Quantized, out_dtype: torch.dtype, accumulate: str, 
 def scaled_sum(a: Quantized, b: Quantized, x: Tensor, y: Tensor, product: Product) -> Tensor:
     """The scaled sum over K in FP32. x and y are the codes as `product` wants them, K last; it gives the FP32 sum of one block."""
     if a.tile.constant_along_k and b.tile.constant_along_k:
-        return product(x, y) * alpha(a.scale, b.scale)
+        return apply_scales(product(x, y), a, b)
     total = torch.zeros(a.matrix.shape[0], b.matrix.shape[0], device=a.codes.device)
     for start, stop in k_blocks(a, b):
         partial = product(x[..., start:stop], y[..., start:stop])
         total += partial.mul_(alpha(scale_at(a, start), scale_at(b, start)))
     return total
+
+
+def apply_scales(total: Tensor, a: Quantized, b: Quantized) -> Tensor:
+    """The sum with scales that are constant along K, in the order of cuBLASLt: one scale each multiply first with each
+    other; scales of rows multiply the sum one after the other, b's before a's."""
+    if a.scale.numel() == b.scale.numel() == 1:
+        return total * (a.scale * b.scale)
+    return total * b.scale.t() * a.scale
 
 
 def alpha(scale_a: Tensor, scale_b: Tensor) -> Tensor:
