@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -115,6 +116,45 @@ def formats(
 
 
 app.command("train")(train_command())  # its flags are the settings of TrainConfig
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint: FP8 (compressed-tensors) or a Hugging Face Llama.")],
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "Call me Ishmael.",
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw among the k likeliest only; 0: among all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    kv_cache_dtype: Annotated[str, typer.Option(help="fp8 (E4M3), e5m2, bf16 or fp32.")] = "fp8",
+    tokenizer: Annotated[str | None, typer.Option(help="'bytes' or a tokenizer.json; else the checkpoint's.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Go on from a prompt, over an FP8 KV cache; text appears as it is made.
+
+    [bold]Examples[/]
+
+    [cyan]fp8 generate runs/demo/fp8 --prompt "The whale"[/]  the likeliest text
+
+    [cyan]fp8 generate runs/demo/fp8 --temperature 0.8 --top-k 40 --seed 1[/]  a drawn one
+    """
+    from .checkpoint import end_of_text, load, tokenizer_name
+    from .models import Sampling, stream, text_pieces
+    from .train.loop import device_of
+    from .train.tokenizer import tokenizer_of
+
+    sampling = Sampling(temperature, top_k, seed)
+    model = load(folder, device_of(device))
+    name = tokenizer or tokenizer_name(folder)
+    if name is None:
+        raise Fp8Error(f"{folder} has no tokenizer: name one by --tokenizer (a tokenizer.json, or 'bytes').")
+    words = tokenizer_of(name)
+    start, ends = [int(token) for token in words.encode(prompt)], end_of_text(folder)
+    tokens = stream(model, start, max_tokens, sampling=sampling, end_of_text=ends, kv_cache_dtype=kv_cache_dtype)
+    typer.echo(prompt, nl=False)
+    for piece in text_pieces((token for token in tokens if token not in ends), words.decode):
+        typer.echo(piece, nl=False)
+    typer.echo()
 
 
 if __name__ == "__main__":
