@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8.bench.quantize import Case, cases, differing_bytes
+from fp8.bench.quantize_bytes import Case, cases, differing_bytes
 from fp8.formats import FORMATS
 from fp8.tile import NAMES, Tile
 
