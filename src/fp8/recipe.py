@@ -185,10 +185,9 @@ class Recipe:
                 changes["accumulate"] = Accumulate(**changes["accumulate"])
             if changes.get("delayed"):
                 changes["delayed"] = Delayed(**changes["delayed"])
+            changes["overrides"] = tuple(_override(*pair) for pair in changes.get("overrides", ()))
         except TypeError as error:
             raise RecipeError(f"this is not a recipe: {error}") from None
-        rules = changes.get("overrides", ())
-        changes["overrides"] = tuple((p, Recipe.from_dict(r) if isinstance(r, dict) else r) for p, r in rules)
         return Recipe().replace(**changes)
 
     def to_json(self) -> str:
@@ -200,6 +199,11 @@ class Recipe:
             return Recipe.from_dict(json.loads(text))
         except json.JSONDecodeError as error:
             raise RecipeError(f"a recipe must be JSON: {error}") from None
+
+
+def _override(pattern: str, rule: Any) -> tuple[str, Any]:
+    """One pair of `overrides` as `to_dict` wrote it."""
+    return pattern, Recipe.from_dict(rule) if isinstance(rule, dict) else rule
 
 
 _promoted = Accumulate("promoted", "promoted", "promoted")
