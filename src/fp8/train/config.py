@@ -83,6 +83,7 @@ class TrainConfig:
     keep_last: int = setting(int, 2, "checkpoints kept", 1, 1 << 20)
     seed: int = setting(int, 0, "seed of the weights and of the order of the data", 0, (1 << 63) - 1)
     device: str = setting(str, "auto", "auto, cpu, cuda or cuda:N")
+    deterministic: bool = setting(bool, True, "on a GPU, the same bits in every run (attention's backward is slower)")
     compile: bool = setting(bool, False, "run the model through torch.compile")
     out: str = setting(str, "runs/train", "folder for checkpoints, tokens and metrics")
 

@@ -27,6 +27,7 @@ from ..recipe import OPERANDS
 from . import checkpoint
 from . import resume as resuming
 from .config import TrainConfig
+from .determinism import deterministic
 from .divergence import Health
 from .interrupt import Interrupt
 from .loss_scale import make_scaler, update_scaler
@@ -203,6 +204,7 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
         )
         metrics = Metrics(out / "metrics.jsonl", trainer.step)
         stack.callback(metrics.close)
+        stack.enter_context(deterministic(trainer.device, config.deterministic))
         for note in notes:
             show.say(f"the losses will differ from those of an uninterrupted run: {note}")
         folder = loop(trainer, metrics, interrupt, (lambda _, record: show.record(record), *callbacks)) or start
