@@ -168,7 +168,7 @@ def test_revert_gives_the_fast_path_back() -> None:
         fp8.revert(model) if fp8.convert(model) else None
         after = model(torch.ones(B, S, E), src_key_padding_mask=HIDE_LAST)
     assert model.use_nested_tensor
-    assert [layer.activation_relu_or_gelu for layer in model.layers] == [1, 1]
+    assert [layer.activation_relu_or_gelu for layer in model.layers.children()] == [1, 1]
     assert torch.equal(before, after)
 
 
