@@ -1,9 +1,11 @@
 """Which implementations an operation has, what each needs, which was chosen, and why the others were not.
 
-A room lists its implementations, best first, as `Backend` rows. `choose` asks each one for its reason to refuse the request
-and takes the first that has none. The choice keeps the reasons, so that nobody has to guess why a kernel did not run.
+A room lists its implementations, best first, as `Backend` rows. `choose` asks each one for its reason to refuse the
+request and takes the first that has none. The choice keeps the reasons, so that nobody has to guess why a kernel did
+not run.
 
-This file is the only door to Triton and to CUDA facts: both are asked for when an operation first needs them, never at import.
+This file is the only door to Triton and to CUDA facts: both are asked for when an operation first needs them, never at
+import.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ HOPPER = (9, 0)
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation: its name, what it needs (for the table in the README), why it refuses a request (None: it does
-    not), and the module that holds the function named after the operation."""
+    """One implementation: its name, what it needs (for the table in the README), why it refuses a request (None: it
+    does not), and the module that holds the function named after the operation."""
 
     name: str
     needs: str

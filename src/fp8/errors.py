@@ -12,7 +12,8 @@
     ├── CheckpointError   a file that is missing, truncated, or written by another recipe or version
     └── ConfigError       a setting that is unknown or out of range
 
-Each message says what was given, what is needed, and how to get there. `ValueError` is for users, `assert` for ourselves.
+Each message says what was given, what is needed, and how to get there. `ValueError` is for users, `assert` for
+ourselves.
 """
 
 from __future__ import annotations

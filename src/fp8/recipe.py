@@ -6,10 +6,10 @@ A linear layer multiplies three times, each time with K, the summed dimension, l
     grad_x      dx     [T, K]  =  grad   [T, N] · w^T    [K, N]
     grad_w      dw     [N, K]  =  grad^T [N, T] · x^T    [K, T]
 
-`x`, `w` and `grad` each have a format and a tile; a transposed operand is quantized with the same tile, laid along its own
-last dimension. `Accumulate` says, for each product, whether Hopper's short accumulator runs over all of K (`fast`) or
-hands its partial sum to FP32 every 128 products (`promoted`). `delayed`, where set, replaces each operand's own amax by a
-history of the amaxes of earlier steps, so that a kernel needs no pass over its input before it casts.
+`x`, `w` and `grad` each have a format and a tile; a transposed operand is quantized with the same tile, laid along its
+own last dimension. `Accumulate` says, for each product, whether Hopper's short accumulator runs over all of K (`fast`)
+or hands its partial sum to FP32 every 128 products (`promoted`). `delayed`, where set, replaces each operand's own amax
+by a history of the amaxes of earlier steps, so that a kernel needs no pass over its input before it casts.
 
 A recipe is plain data: frozen, comparable, hashable, written to and read from JSON.
 """
@@ -96,8 +96,8 @@ class Delayed:
 class Recipe:
     """One way to train in FP8. `Recipe.of("tensorwise")` gives a preset; `replace` changes a field.
 
-    `overrides` are pairs of a name pattern (as in `fnmatch`: `*.mlp.down`) and what the layers it matches get instead: a
-    recipe, a preset's name, or None for high precision. The first match counts.
+    `overrides` are pairs of a name pattern (as in `fnmatch`: `*.mlp.down`) and what the layers it matches get instead:
+    a recipe, a preset's name, or None for high precision. The first match counts.
     """
 
     name: str = "tensorwise"

@@ -1,9 +1,10 @@
-"""Delayed scaling: this step's scales come from the amaxes of the steps before it, so that no kernel reads its input twice.
+"""Delayed scaling: this step's scales come from the amaxes of the steps before it, so that no kernel reads its input
+twice.
 
-During a step, the kernels of a layer only raise `pending` to the finite amax of what they quantized. A maximum is idempotent, so
-recomputing a layer, sharing it, calling it twice or splitting the batch into micro-batches needs no bookkeeping; evaluation
-writes nothing. Once a step, after the optimizer, `update` looks at all layers together, on the device, without reading
-anything back:
+During a step, the kernels of a layer only raise `pending` to the finite amax of what they quantized. A maximum is
+idempotent, so recomputing a layer, sharing it, calling it twice or splitting the batch into micro-batches needs no
+bookkeeping; evaluation writes nothing. Once a step, after the optimizer, `update` looks at all layers together, on the
+device, without reading anything back:
 
     found_inf          pending is thrown away: a step that did not count leaves no trace
     first time         the scale is computed, due or not: until then each use had its own
@@ -11,13 +12,14 @@ anything back:
     else               pending enters the window, and  scale = power of two above  reduce(window) * 2^margin / max
     pending > max * scale   something saturated: the next scale is at least twice this one, due or not
 
-The state of one layer is three rows, for x, w and grad. Slots of the window that were never filled hold -1, and so does a
-`pending` that was not written. **The first use** of an operand has no history and scales by its own amax, as current
+The state of one layer is three rows, for x, w and grad. Slots of the window that were never filled hold -1, and so does
+a `pending` that was not written. **The first use** of an operand has no history and scales by its own amax, as current
 scaling does; how many steps each operand has been seen is counted on the host, so that nothing synchronizes.
 
-`ArticleState` is the `DynamicScaler` of the article "FP8 Training and Inference", with its E5M2 maximum of 240 corrected and
-all else as printed: the mean of 32 multiplying scales, one replaced every 4 calls, starting from 65536, and a back-off of 0.99
-that is overwritten before it ever reaches the mean. It saturates for the first hundred calls; that is what it is kept for.
+`ArticleState` is the `DynamicScaler` of the article "FP8 Training and Inference", with its E5M2 maximum of 240
+corrected and all else as printed: the mean of 32 multiplying scales, one replaced every 4 calls, starting from 65536,
+and a back-off of 0.99 that is overwritten before it ever reaches the mean. It saturates for the first hundred calls;
+that is what it is kept for.
 """
 
 from __future__ import annotations
@@ -66,8 +68,8 @@ class ScaleState(nn.Module):
 
 
 class DelayedState(ScaleState):
-    """Amax history of one layer: `history` [3, window] oldest first, `scale` [3], `pending` [3], all FP32; and, on the host,
-    for how many steps each operand was seen (`filled`) and how many steps there were (`steps`)."""
+    """Amax history of one layer: `history` [3, window] oldest first, `scale` [3], `pending` [3], all FP32; and, on the
+    host, for how many steps each operand was seen (`filled`) and how many steps there were (`steps`)."""
 
     history: Tensor
     scale: Tensor
@@ -84,7 +86,9 @@ class DelayedState(ScaleState):
         self.steps = 0
 
     def before(self, operand: int, x: Tensor, record: bool) -> Tensor | None:
-        return self.scale[operand].view(1, 1) if self.warm[operand] else None
+        if not self.warm[operand]:
+            return None
+        return self.scale[operand].clone().view(1, 1)  # a copy: cuBLASLt wants 16-byte alignment, and `update` writes
 
     def after(self, operand: int, amax: Tensor, scale: Tensor) -> None:
         record(self.pending, amax, operand)
@@ -195,7 +199,7 @@ def _update_group(states: list[DelayedState], found_inf: Tensor | bool | None, d
 
 
 def reduced(history: Tensor, reduce: str) -> Tensor:
-    """The filled slots of a window [..., W], oldest first, as one amax; -1 (and 0 after the caller's product) if none."""
+    """The filled slots of a window [..., W], oldest first, as one amax; negative if none is filled."""
     if reduce == "max":
         return history.amax(-1)
     if reduce == "most_recent":

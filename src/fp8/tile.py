@@ -1,7 +1,7 @@
 """A tile is the set of elements that share a scale.
 
-A matrix is seen as `[rows, columns]`; a tile of `(r, c)` cuts it into rectangles, the last ones partial, and the scales of
-those rectangles form a matrix of `[ceil(rows / r), ceil(columns / c)]`. Zero stands for "the whole dimension":
+A matrix is seen as `[rows, columns]`; a tile of `(r, c)` cuts it into rectangles, the last ones partial, and the scales
+of those rectangles form a matrix of `[ceil(rows / r), ceil(columns / c)]`. Zero stands for "the whole dimension":
 
     name      tile        one scale for               used for
     tensor    (0, 0)      the whole matrix            per-tensor recipes
@@ -39,8 +39,8 @@ class Tile:
         if isinstance(tile, Tile):
             return tile
         pair = NAMES.get(tile) if isinstance(tile, str) else tuple(tile) if isinstance(tile, (tuple, list)) else None
-        if pair not in NAMES.values():
-            word = "x".join(map(str, pair)) if isinstance(pair, tuple) else tile
+        if pair is None or pair not in NAMES.values():
+            word = "x".join(map(str, pair)) if pair else tile
             raise TileError(f"no scale layout has the tile {tile!r}. {suggest(word, NAMES)}")
         return Tile(*pair)
 
@@ -52,7 +52,7 @@ class Tile:
         return self.rows or max(rows, 1), self.cols or max(cols, 1)
 
     def scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
-        """The shape of the matrix of scales. A dimension that is one whole tile has one scale, even when it is empty."""
+        """The shape of the matrix of scales. A dimension that is one whole tile has one, even when it is empty."""
         height, width = self.shape(rows, cols)
         return (1 if self.rows == 0 else -(-rows // height)), (1 if self.cols == 0 else -(-cols // width))
 

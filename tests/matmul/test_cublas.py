@@ -179,6 +179,7 @@ def test_any_shape_is_within_its_budget(tiles, shape):
 
 
 @gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("tiles", CONSTANT + BLOCKS, ids="*".join)
 def test_reads_nothing_on_the_host(tiles):
     a, b = pair((130, 257, 513), tiles)

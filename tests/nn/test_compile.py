@@ -120,6 +120,7 @@ def test_attach_keeps_a_compiled_model_equal_to_eager_over_steps() -> None:
     ("kind", "device"),
     [("linear", "cpu"), *(pytest.param(kind, "cuda", marks=pytest.mark.gpu) for kind in ("linear", "layer"))],
 )
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 def test_inductor_compiles_around_the_operators_and_never_into_them(kind: str, device: str) -> None:
     """Its own fusions may round otherwise, so a whole layer is compared loosely; a linear layer, which is operators
     only, is compared in bits."""

@@ -1,10 +1,12 @@
-"""Forward and backward of a stack of Llama-3-8B-shaped layers: BF16, ours, and torchao where it is installed, in one run.
+"""Forward and backward of a stack of Llama-3-8B-shaped layers: BF16, ours, and torchao where it is installed, in one
+run.
 
     python -m fp8.bench.layer --out DIR [--layers 4 --batch 2 --tokens 8192]
 
 No optimizer, but every timed step quantizes the weights anew, as a step with one would. The BF16 arm is the same
-`fp8.TransformerLayer` in high precision, with the same attention and the same joined projections; the ratio is to the faster of it
-in eager mode and compiled. torchao converts the BF16 stack's `nn.Linear`s and is compiled. Medians; peak memory of one step.
+`fp8.TransformerLayer` in high precision, with the same attention and the same joined projections; the ratio is to the
+faster of it in eager mode and compiled. torchao converts the BF16 stack's `nn.Linear`s and is compiled. Medians; peak
+memory of one step.
 """
 
 from __future__ import annotations

@@ -168,9 +168,9 @@ def variant_calls(x: Tensor) -> Iterator[Call]:
     form = FORMATS["e4m3"]
     codes, turned = torch.empty_like(x, dtype=form.dtype), x.new_empty(x.shape[::-1], dtype=form.dtype)
     given = torch.full((1, 1), 2.0**-6, device=x.device)
-    free = [(64, 128, 4, 4), (128, 128, 4, 8), (128, 128, 4, 4), (128, 64, 4, 4), (256, 64, 4, 8), (64, 128, 1, 4)]
-    free += [(64, 128, 2, 4), (128, 128, 1, 8), (128, 128, 2, 8), (64, 64, 4, 2), (64, 256, 4, 8), (64, 128, 4, 8)]
-    fixed = [(128, 128, j, w) for j in (4, 2, 1) for w in (4, 8, 16)]
+    free = [(64, 128, 4, 4), (128, 128, 4, 8), (128, 128, 4, 4), (128, 64, 4, 4), (256, 64, 4, 8)]
+    free += [(64, 64, 4, 2), (64, 256, 4, 8), (64, 128, 4, 8)]
+    fixed = [(128, 128, 4, w) for w in (4, 8, 16)]
     todo = [("tensor", True, p, band) for p in free for band in (1, 8)]
     todo += [("row", False, p, 1) for p in free] + [("tensor", False, p, 1) for p in free[:5]]
     todo += [(tile, False, p, 1) for tile in ("1x128", "128x128", "1x32") for p in fixed]

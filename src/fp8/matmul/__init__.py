@@ -1,7 +1,7 @@
 """Codes times codes: `y [M, N] = a [M, K] · b [N, K]^T` in FP8, on tensor cores or by a CPU model of them.
 
-Both operands have K last, as `nn.Linear` stores its weight and as Hopper's tensor cores read FP8. Which formats and tiles
-go together, and who multiplies them:
+Both operands have K last, as `nn.Linear` stores its weight and as Hopper's tensor cores read FP8. Which formats and
+tiles go together, and who multiplies them:
 
     cublas      E4M3 x E4M3, E4M3 x E5M2, E5M2 x E4M3; tensor and row tiles; 1x128 with 128x128 or 1x128
     triton      what cuBLASLt refuses: E5M2 x E5M2, 1x32 scales, other pairs of tiles
@@ -92,9 +92,11 @@ def matmul(
     accumulate  "promoted" (FP32 every 128 of K) or "fast" (Hopper's accumulator over all of K); or a CPU model by name:
                 "exact", "fp32", "hopper_fast", "hopper_promoted"
     bias        [N], added in FP32 before the one rounding to `out_dtype`
-    backend     "cublas", "triton", "reference" or "emulate"; by default the first that can run. `explain_matmul` tells which
+    backend     "cublas", "triton", "reference" or "emulate"; by default the first that can run. `explain_matmul` tells
+                which
 
-    Any shape: what must be a multiple of 16 or 128 is padded inside. Raises `ShapeError`, `TensorError`, `BackendError`.
+    Any shape: what must be a multiple of 16 or 128 is padded inside. Raises `ShapeError`, `TensorError`,
+    `BackendError`.
 
     >>> import torch, fp8
     >>> a, b = fp8.quantize(torch.eye(3)), fp8.quantize(torch.tensor([[1.0, 2.0, 3.0]]))

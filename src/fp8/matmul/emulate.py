@@ -36,8 +36,8 @@ stream along n, and the reduction over planes vectorizes. Outputs are cut into t
 CPU's cache, or below some 300 MiB on a GPU.
 
 What was left out. Whether cuBLASLt splits K, and into how many runs, is a heuristic of library, GPU and workspace, not
-arithmetic. It did so for few outputs and K above 4096 only; `splits` says how many, and by default there is one. Accumulators
-of other chips. Speed beyond what tests need.
+arithmetic. It did so for few outputs and K above 4096 only; `splits` says how many, and by default there is one.
+Accumulators of other chips. Speed beyond what tests need.
 
 Source: Khattak and Mikaitis, "Accurate Models of NVIDIA Tensor Cores" (ACM TACO 2026, arXiv:2512.07004) for the
 aligned, truncated sum; the `mmaemu` package for Hopper's constants and its split K. The tests hold this file to that

@@ -2,21 +2,21 @@
 
     y [M, N] = a [M, K] · b [N, K]^T
 
-**The sum.** `exact` adds the products of the codes without any rounding, in FP64, and rounds the sum once to FP32: the same
-bits on every machine, with any number of threads, in any batch. That FP64 is exact needs an argument. E4M3 codes are
-multiples of 2^-9 below 2^9, so products are multiples of 2^-18 below 2^18, and a sum of K = 2^17 of them has at most
-36 + 17 = 53 bits: nothing is lost, whatever the order. E5M2 spans 2^-16 to 2^16, which would be too wide, so an E5M2
-operand is split at magnitude 1 into two parts of narrower span (at and above 1: multiples of 2^-2; below 1: multiples
-of 2^-16), each part's sum is exact. The sums of parts, and those of every 2^17 of a longer K, are added with what each
-addition loses kept beside the total, and at the end the last bit is made odd where something is cut off, so that the
-rounding to FP32 is the one of the exact sum. Two E5M2 operands make four parts.
+**The sum.** `exact` adds the products of the codes without any rounding, in FP64, and rounds the sum once to FP32: the
+same bits on every machine, with any number of threads, in any batch. That FP64 is exact needs an argument. E4M3 codes
+are multiples of 2^-9 below 2^9, so products are multiples of 2^-18 below 2^18, and a sum of K = 2^17 of them has at
+most 36 + 17 = 53 bits: nothing is lost, whatever the order. E5M2 spans 2^-16 to 2^16, which would be too wide, so an
+E5M2 operand is split at magnitude 1 into two parts of narrower span (at and above 1: multiples of 2^-2; below 1:
+multiples of 2^-16), each part's sum is exact. The sums of parts, and those of every 2^17 of a longer K, are added with
+what each addition loses kept beside the total, and at the end the last bit is made odd where something is cut off, so
+that the rounding to FP32 is the one of the exact sum. Two E5M2 operands make four parts.
 
 `fp32` multiplies in FP32 with the library's own order of summation: faster, and not reproducible.
 
-**The scales.** Two tensor scales: `y = RN32(acc * RN32(scale_a * scale_b))`. A row scale on either side: `RN32(RN32(acc * scale_b) * scale_a)`,
-the order measured in cuBLASLt. Otherwise K is cut into blocks on which both scales are constant, and
-`y = sum over blocks, ascending, in FP32, of (scale_a * scale_b) * partial`. With power-of-two scales the order is the same to the bit. The
-bias is added in FP32, and one rounding gives the output type.
+**The scales.** Two tensor scales: `y = RN32(acc * RN32(scale_a * scale_b))`. A row scale on either side: `RN32(RN32(acc
+* scale_b) * scale_a)`, the order measured in cuBLASLt. Otherwise K is cut into blocks on which both scales are
+constant, and `y = sum over blocks, ascending, in FP32, of (scale_a * scale_b) * partial`. With power-of-two scales the
+order is the same to the bit. The bias is added in FP32, and one rounding gives the output type.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def two_sum(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_to_odd(x: Tensor, y: Tensor) -> Tensor:
-    """x + y in FP64, rounded to odd: where bits were cut off, the last one kept is 1, so that no later rounding sees a tie
-    that was none (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008)."""
+    """x + y in FP64, rounded to odd: where bits were cut off, the last one kept is 1, so that no later rounding sees a
+    tie that was none (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008)."""
     return to_odd(*two_sum(x, y))
 
 

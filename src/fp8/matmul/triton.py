@@ -7,7 +7,7 @@ over K.
 The mathematics. Each turn of the loop multiplies BLOCK_K of K on the tensor cores, from zero, and adds the result to an
 FP32 accumulator held in registers, which is what `promoted` means. BLOCK_K is 128, or 32 where a tile is 1x32. Then
 
-    scales constant along K   acc = acc + p                        y = RN(acc * RN(scale_a * scale_b))
+    scales constant along K   acc = acc + p                        y = RN(acc * RN(scale_a * scale_b)), or b's rows, then a's
     scales along K            acc = fma(p, RN(scale_a * scale_b), acc)
     fast                      the tensor core's own accumulator runs over all of K (constant scales only)
 
@@ -198,7 +198,11 @@ def _matmul_kernel(
     if ALONG_A == 0 and ALONG_B == 0:
         sa = _scale_at(scale_a, rows, m0, 0, stride_sa, stride_sak, TILE_A, ALONG_A)
         sb = _scale_at(scale_b, cols, n0, 0, stride_sb, stride_sbk, TILE_B, ALONG_B)
-        acc = acc * _pair(sa, sb, TILE_A, TILE_B)
+        if TILE_A == 1 or TILE_B == 1:
+            acc = acc * (sb[None, :] if TILE_B == 1 else sb)
+            acc = acc * (sa[:, None] if TILE_A == 1 else sa)
+        else:
+            acc = acc * (sa * sb)
     if BIAS:
         acc = acc + tl.load(bias + cols).to(tl.float32)[None, :]
     m, n = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)

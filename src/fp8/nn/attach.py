@@ -1,6 +1,7 @@
 """What happens once a step: the delayed scales are updated, then the weight codes are written anew.
 
-`attach` hangs both on an optimizer, after its step; `refresh` and `update_scales` are the two halves, for loops of one's own.
+`attach` hangs both on an optimizer, after its step; `refresh` and `update_scales` are the two halves, for loops of
+one's own.
 """
 
 from __future__ import annotations

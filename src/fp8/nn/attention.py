@@ -1,8 +1,8 @@
 """torch's own attention modules, with their products in FP8.
 
-`nn.MultiheadAttention` multiplies by bare parameters (`in_proj_weight`), and in evaluation it and `nn.TransformerEncoderLayer`
-jump to a fused BF16 kernel past everything that a conversion put in. So the first gets a forward of its own, and the second is kept
-from jumping.
+`nn.MultiheadAttention` multiplies by bare parameters (`in_proj_weight`), and in evaluation it and
+`nn.TransformerEncoderLayer` jump to a fused BF16 kernel past everything that a conversion put in. So the first gets a
+forward of its own, and the second is kept from jumping.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PARTS = ("q", "k", "v")
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """`nn.MultiheadAttention` with FP8 input and output projections: same parameters, same arguments, same results but for
-    rounding. Self-attention projects q, k and v in one product; cross-attention in three."""
+    """`nn.MultiheadAttention` with FP8 input and output projections: same parameters, same arguments, same results but
+    for rounding. Self-attention projects q, k and v in one product; cross-attention in three."""
 
     fp8: Fp8Products
     fp8_q: Fp8Products

@@ -1,8 +1,8 @@
 """Which recipe is active, and who is counting products.
 
 The active recipe is one module global, the only mutable state of the library: a ContextVar does not trace under
-`torch.compile`, which guards a global instead. A layer's forward reads it once and hands what it found to its backward, which
-may run on another thread and after the context was left.
+`torch.compile`, which guards a global instead. A layer's forward reads it once and hands what it found to its backward,
+which may run on another thread and after the context was left.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class _Surrounding:
 class autocast(_Surrounding):
     """Run FP8 layers in FP8 (`enabled=True`) or in high precision (`enabled=False`).
 
-    A layer that got a recipe when it was built or converted keeps it; `recipe` (a preset's name or a `Recipe`; "tensorwise"
-    by default) is for the layers that have none, which are in high precision outside of an autocast. Backward follows the
-    forward that it belongs to, wherever it runs.
+    A layer that got a recipe when it was built or converted keeps it; `recipe` (a preset's name or a `Recipe`;
+    "tensorwise" by default) is for the layers that have none, which are in high precision outside of an autocast.
+    Backward follows the forward that it belongs to, wherever it runs.
     """
 
     def __init__(self, enabled: bool = True, recipe: str | Recipe | None = None) -> None:

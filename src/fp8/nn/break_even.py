@@ -1,12 +1,14 @@
 """When is an FP8 layer faster than BF16? A model of one layer's training step, from measured rates.
 
-BF16 multiplies three times. FP8 multiplies three times at a higher rate, and also reads x, w and grad and writes their codes in two
-orientations: 4 bytes an element for cast and transpose, 2 more where the amax must be found first. The layer pays when
+BF16 multiplies three times. FP8 multiplies three times at a higher rate, and also reads x, w and grad and writes their
+codes in two orientations: 4 bytes an element for cast and transpose, 2 more where the amax must be found first. The
+layer pays when
 
     6 M N K / bf16  >  2 M N K (1 / fast + 2 / promoted)  +  bytes / bandwidth  +  launches
 
-Rates are medians measured on one H200 (torch 2.11, cuBLASLt 13.1; see `docs/log.md`); a ratio decides, so other Hopper GPUs behave
-alike. The rule is a pure function of shape and device: it never times anything, so that a model converts the same way twice.
+Rates are medians measured on one H200 (torch 2.11, cuBLASLt 13.1; see `docs/log.md`); a ratio decides, so other Hopper
+GPUs behave alike. The rule is a pure function of shape and device: it never times anything, so that a model converts
+the same way twice.
 """
 
 from __future__ import annotations

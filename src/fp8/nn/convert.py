@@ -1,8 +1,9 @@
 """Turn a model's layers into FP8 ones, turn them back, and say what was done.
 
-A layer is converted by changing its class (and giving it an `fp8` part), not by putting another module in its place. Parameters,
-names in the state dict, hooks, tied weights and references to the module all stay as they are, and undoing it is changing the
-class back. Only exact types are converted: a subclass may have a forward of its own, so it stays as it is, and the report says so.
+A layer is converted by changing its class (and giving it an `fp8` part), not by putting another module in its place.
+Parameters, names in the state dict, hooks, tied weights and references to the module all stay as they are, and undoing
+it is changing the class back. Only exact types are converted: a subclass may have a forward of its own, so it stays as
+it is, and the report says so.
 
 What to do with each type is a table. `register` adds a row; a type without one stays in high precision.
 """
@@ -137,8 +138,8 @@ ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {
 def register(module_type: type[nn.Module], converter: Converter) -> None:
     """Teach `convert` a type of your own.
 
-    `converter(module, recipe, name)` returns the module to put in its place (`revert` puts the old one back), or changes the
-    module in place and returns None. `fp8.nn.Fp8Products` is the part that multiplies in FP8.
+    `converter(module, recipe, name)` returns the module to put in its place (`revert` puts the old one back), or
+    changes the module in place and returns None. `fp8.nn.Fp8Products` is the part that multiplies in FP8.
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise ConvertError(f"register needs a subclass of torch.nn.Module, not {module_type!r}.")
@@ -178,15 +179,17 @@ def convert(
     only_if_faster: bool = False,
     tokens: int = 8192,
 ) -> Report:
-    """Make a model's linear layers, convolutions and attention projections FP8, in place; returns what was done and why.
+    """Make a model's linear layers, convolutions and attention projections FP8, in place; returns what was done and
+    why.
 
     recipe          a preset's name or a `Recipe`; its `overrides` choose by name pattern
     skip            name patterns (`fnmatch`, as in "*.attention.out") that stay in high precision
-    head            also the output head, which is otherwise kept: a layer called lm_head, head, output_head, embed_out or
-                    classifier, or one that shares the embedding's weight
+    head            also the output head, which is otherwise kept: a layer called lm_head, head, output_head, embed_out
+                    or classifier, or one that shares the embedding's weight
     only_if_faster  keep a layer whose FP8 products would be slower than BF16 at `tokens` rows on this device
 
-    Embeddings and norms always stay. Raises `ConvertError`, before anything is changed, for a weight with NaN or Inf. `revert` undoes.
+    Embeddings and norms always stay. Raises `ConvertError`, before anything is changed, for a weight with NaN or Inf.
+    `revert` undoes.
     """
     base = Recipe.of(recipe)
     patterns = [skip] if isinstance(skip, str) else list(skip)
@@ -194,7 +197,10 @@ def convert(
     if unused:
         raise ConvertError(f"skip={unused[0]!r} matches no module; the first are {_first_names(model)}.")
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    plan = [(name, m, *_decide(name, m, base, patterns, embeddings, head, only_if_faster, tokens)) for name, m in _holders(model)]
+    plan = [
+        (name, m, *_decide(name, m, base, patterns, embeddings, head, only_if_faster, tokens))
+        for name, m in _holders(model)
+    ]
     for name, module, chosen, _ in plan:
         if chosen is not None:
             _refuse_non_finite(name, module)
@@ -241,7 +247,7 @@ def _decide(
     module: nn.Module,
     base: Recipe,
     skip: list[str],
-    embeddings: set[nn.Parameter],
+    embeddings: set[torch.Tensor],
     head: bool,
     only_if_faster: bool,
     tokens: int,
@@ -329,8 +335,8 @@ def _refuse_non_finite(name: str, module: nn.Module) -> None:
     for key, parameter in module.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise ConvertError(
-                f"{name}.{key} holds NaN or Inf, so its FP8 codes would too. Find where they come from, or skip the layer: "
-                f"convert(model, skip=[{name!r}]). Nothing was changed."
+                f"{name}.{key} holds NaN or Inf, so its FP8 codes would too. Find where they come from, or skip "
+                f"the layer: convert(model, skip=[{name!r}]). Nothing was changed."
             )
 
 

@@ -1,7 +1,8 @@
 """`fp8.Linear` and `fp8.Conv2d`: torch's layers with their products in FP8.
 
-Both are subclasses that keep torch's parameters, names and initialization, so that a layer becomes FP8, or stops being it, by
-changing its class (`fp8.convert`, `fp8.revert`): parameters, hooks, optimizer state and whoever else holds the module stay as they are.
+Both are subclasses that keep torch's parameters, names and initialization, so that a layer becomes FP8, or stops being
+it, by changing its class (`fp8.convert`, `fp8.revert`): parameters, hooks, optimizer state and whoever else holds the
+module stay as they are.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ Weighted = tuple[Fp8Products, Tensor]
 class Linear(nn.Linear):
     """`y = x W^T + b` with FP8 forward, input-gradient and weight-gradient products.
 
-    x [..., in_features] in FP32, BF16 or FP16; weight [out_features, in_features]; y has the type of x, or of the surrounding
-    `torch.autocast`. `recipe` is a preset's name or a `Recipe`; without one the layer is FP8 inside `fp8.autocast` only.
+    x [..., in_features] in FP32, BF16 or FP16; weight [out_features, in_features]; y has the type of x, or of the
+    surrounding `torch.autocast`. `recipe` is a preset's name or a `Recipe`; without one the layer is FP8 inside
+    `fp8.autocast` only.
     """
 
     fp8: Fp8Products

@@ -4,19 +4,21 @@
     grad_x      dx [T, K]  =  grad   [T, N] · w^T [K, N]^T
     grad_w      dw [N, K]  =  grad^T [N, T] · x^T [K, T]^T
 
-Hopper reads both FP8 operands with K last, so x, w and grad are each needed in two orientations; each is read once and written
-in both. Between forward and backward only x^T and w^T live, as codes: one byte an element, one orientation each.
+Hopper reads both FP8 operands with K last, so x, w and grad are each needed in two orientations; each is read once and
+written in both. Between forward and backward only x^T and w^T live, as codes: one byte an element, one orientation
+each.
 
-Codes never cross a differentiable edge. Autograd would cast a gradient to the type of the forward output, silently turning
-it into unscaled FP8; so quantize, multiply and their backward are one `autograd.Function`, with high precision at both ends.
+Codes never cross a differentiable edge. Autograd would cast a gradient to the type of the forward output, silently
+turning it into unscaled FP8; so quantize, multiply and their backward are one `autograd.Function`, with high precision
+at both ends.
 
-`Fp8Products` is the part of a layer that holds what this needs: the recipe, the state of delayed scaling, and the weight's codes
-once `refresh` has been called. It owns no parameter: the layer passes its weight in.
+`Fp8Products` is the part of a layer that holds what this needs: the recipe, the state of delayed scaling, and the
+weight's codes once `refresh` has been called. It owns no parameter: the layer passes its weight in.
 
-**Weight codes.** Without a refresh every forward quantizes the weight it is given. `refresh` writes the codes of the current
-parameter, both orientations, into buffers, which are used until the module is moved, cast or loaded into. Whoever updates
-the weights calls it again (`fp8.attach` does so after each optimizer step); in eager mode a version counter that moved without a
-refresh is noticed, and the stale codes are not used.
+**Weight codes.** Without a refresh every forward quantizes the weight it is given. `refresh` writes the codes of the
+current parameter, both orientations, into buffers, which are used until the module is moved, cast or loaded into.
+Whoever updates the weights calls it again (`fp8.attach` does so after each optimizer step); in eager mode a version
+counter that moved without a refresh is noticed, and the stale codes are not used.
 """
 
 from __future__ import annotations
@@ -56,23 +58,25 @@ class Run:
         if self.products is not None:
             self.products.counts[self.name, product] += 1
 
-    def quantize(self, x: Tensor, which: int, both: bool = True, straight: bool = True) -> tuple[Any, Any]:
-        """x [rows, cols] as the recipe says: `(codes of x, codes of x.T)`, each only if it is wanted."""
+    def quantize(self, x: Tensor, which: int, both: bool = True) -> tuple[Quantized, Any]:
+        """x [rows, cols] as the recipe says: `(codes of x, codes of x.T or None)`."""
         recipe = self.recipe
         operand: Operand = (recipe.x, recipe.w, recipe.grad)[which]
         scale = self.state.before(which, x, self.record) if self.state is not None else None
-        q, q_t, amax = _quantize(x, operand, recipe.power_of_two, scale, both, straight)
+        q, q_t, amax = _quantize(x, operand, recipe.power_of_two, scale, both)
         if self.state is not None and self.record:
-            self.state.after(which, amax, (q if q is not None else q_t).scale)
+            self.state.after(which, amax, q.scale)
         return q, q_t
 
 
-def _quantize(x: Tensor, operand: Operand, power_of_two: bool, scale: Tensor | None, both: bool, straight: bool):  # type: ignore[no-untyped-def]
-    """`(Quantized or None, Quantized of x.T or None, amax)`."""
+def _quantize(
+    x: Tensor, operand: Operand, power_of_two: bool, scale: Tensor | None, both: bool
+) -> tuple[Quantized, Quantized | None, Tensor]:
+    """The codes of x, those of x.T if `both`, and the amax of x."""
     x, row, tile = x.contiguous(), format_of(operand.format), operand.tile
     if both:
         codes, s, codes_t, s_t, amax = run_quantize_both(x, scale, row, tile, power_of_two)
-        return (Quantized(codes, s, tile, row) if straight else None), Quantized(codes_t, s_t, tile, row), amax
+        return Quantized(codes, s, tile, row), Quantized(codes_t, s_t, tile, row), amax
     codes, s, amax = run_quantize(x, scale, row, tile, power_of_two)
     return Quantized(codes, s, tile, row), None, amax
 
@@ -121,8 +125,8 @@ def _restore(tiles: tuple[Any, ...], saved: tuple[Tensor, ...]) -> list[Quantize
 class Fp8Products(nn.Module):
     """The FP8 part of a layer: recipe, delayed state, weight codes. Call it with x [..., K], the weight [N, K] and the bias."""
 
-    codes: Tensor | None
-    codes_t: Tensor | None
+    codes: Any
+    codes_t: Any
     scale: Any
     scale_t: Any
 
@@ -226,6 +230,6 @@ class Fp8Products(nn.Module):
         self.forget()
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: Any, **keywords: Any) -> None:
         self.forget()
-        super()._load_from_state_dict(*args)
+        super()._load_from_state_dict(*args, **keywords)

@@ -3,9 +3,9 @@
     x = x + out(attention(rope(qkv(norm(x)))))
     x = x + down(activation(up(norm(x))))
 
-FP8: qkv, out, up, down. High precision: norms, RoPE, softmax, activation, residual. q, k and v come from one product, and so do
-gate and up: the rows of `attention.qkv.weight` are all query heads, then key heads, then value heads; those of `mlp.up.weight` are
-the gate, then what it gates.
+FP8: qkv, out, up, down. High precision: norms, RoPE, softmax, activation, residual. q, k and v come from one product,
+and so do gate and up: the rows of `attention.qkv.weight` are all query heads, then key heads, then value heads; those
+of `mlp.up.weight` are the gate, then what it gates.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 class TransformerLayer(nn.Module):
     """A pre-norm transformer block, batch first.
 
-    hidden_size, ffn_hidden_size, num_attention_heads   as the names say; a head has hidden_size / num_attention_heads channels
+    hidden_size, ffn_hidden_size, num_attention_heads   as the names say; a head has hidden_size / num_attention_heads
+                                                        channels
     num_kv_heads     key and value heads, shared by groups of query heads; as many as query heads by default
     norm             "layernorm" or "rmsnorm"
     activation       "gelu", "relu", "silu", or gated: "swiglu", "geglu"
@@ -67,7 +68,8 @@ class TransformerLayer(nn.Module):
     def forward(self, x: Tensor, attention_mask: Tensor | None = None, *, cache: Any = None) -> Tensor:
         """x [B, T, hidden_size] to the same shape.
 
-        attention_mask   True (or 1) where a query may look, [B, S], [B, T, S] or [B, heads, T, S]; a float mask is added to the scores
+        attention_mask   True (or 1) where a query may look, [B, S], [B, T, S] or [B, heads, T, S]; a float mask is
+                         added to the scores
         cache            a layer's KV cache: x continues what it holds, and is appended to it
         """
         x = x + self.attention(self.attention_norm(x), attention_mask, cache)
@@ -107,7 +109,8 @@ class SelfAttention(nn.Module):
         heads = self.qkv(x).view(batch, tokens, self.heads + 2 * self.kv_heads, self.head_dim).transpose(1, 2)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
         if self.rope_theta is not None:
-            cos, sin = rope_tables(tokens, self.head_dim, self.rope_theta, x.device, 0 if cache is None else cache.length)
+            start = 0 if cache is None else cache.length
+            cos, sin = rope_tables(tokens, self.head_dim, self.rope_theta, x.device, start)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is None:
             y = attention(q, k, v, mask=mask, causal=self.causal)
@@ -140,7 +143,9 @@ class MLP(nn.Module):
         return self.down(function(h))
 
 
-def rope_tables(tokens: int, head_dim: int, theta: float, device: torch.device, start: int = 0) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    tokens: int, head_dim: int, theta: float, device: torch.device, start: int = 0
+) -> tuple[Tensor, Tensor]:
     """cos and sin [tokens, head_dim / 2] in FP32 for positions from `start`: angles in FP32, as Hugging Face makes them."""
     channel = torch.arange(0, head_dim, 2, device=device, dtype=torch.int64).float()
     frequency = 1.0 / theta ** (channel / head_dim)

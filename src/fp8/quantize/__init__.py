@@ -1,8 +1,8 @@
 """Numbers in, codes and scales out, and back.
 
 `quantize` and `quantize_both` are the doors. Behind them are a reference in plain torch, which is the definition, and
-Triton kernels that equal it in bytes. Under `torch.compile` both are one opaque operator with its own fake kernel: inductor
-never compiles the reference, whose FP8 casts it would round twice.
+Triton kernels that equal it in bytes. Under `torch.compile` both are one opaque operator with its own fake kernel:
+inductor never compiles the reference, whose FP8 casts it would round twice.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def quantize(
     statistics      also return what was clipped, flushed to zero, or not finite
     backend         "triton" or "reference"; by default the best one that can run
 
-    The gradient does not flow through: codes carry none. Raises `TensorError`, `FormatError`, `TileError`, `ShapeError`.
+    The gradient does not flow through: codes carry none. Raises `TensorError`, `FormatError`, `TileError`,
+    `ShapeError`.
 
     >>> import torch
     >>> q = quantize(torch.tensor([[1.0, 300.0, -500.0]]))
@@ -63,8 +64,8 @@ def quantize(
     power_of_two = scale_rounding == "power_of_two"
     if scale is not None:
         check_scale(scale, where, matrix)
-    codes, scale, _ = run_quantize(matrix, scale, row, where, power_of_two, seed, backend=backend)
-    q = Quantized(codes.view(x.shape), scale, where, row)
+    codes, used, _ = run_quantize(matrix, scale, row, where, power_of_two, seed, backend=backend)
+    q = Quantized(codes.view(x.shape), used, where, row)
     return q if not statistics else Quantized(q.codes, q.scale, where, row, statistics_of(x, q))
 
 
@@ -94,10 +95,8 @@ def quantize_both(
             raise ShapeError(f"a given scale serves both orientations only with tile 'tensor', not {str(where)!r}.")
         check_scale(scale, where, matrix)
     power_of_two = scale_rounding == "power_of_two"
-    codes, scale, codes_t, scale_t, _ = run_quantize_both(
-        matrix, scale, row, where, power_of_two, seed, backend=backend
-    )
-    return Quantized(codes, scale, where, row), Quantized(codes_t, scale_t, where, row)
+    codes, used, codes_t, scale_t, _ = run_quantize_both(matrix, scale, row, where, power_of_two, seed, backend=backend)
+    return Quantized(codes, used, where, row), Quantized(codes_t, scale_t, where, row)
 
 
 def statistics_of(x: Tensor, q: Quantized) -> Statistics:
@@ -155,14 +154,14 @@ def _seed(rounding: str, seed: int | None) -> int | None:
 # --------------------------------------------------------------------------- the two operators
 
 
-def run_quantize(x, scale, format, tile, power_of_two, seed=None, stream=0, backend=None):  # type: ignore[no-untyped-def]
+def run_quantize(x, scale, format, tile, power_of_two, seed=None, stream=0, backend=None):  # type: ignore
     """`reference.quantize` by the best backend, or as one operator under `torch.compile`. x is a checked matrix."""
     if torch.compiler.is_compiling():
         return torch.ops.fp8.quantize(x, scale, format.name, str(tile), power_of_two, _signed(seed), stream)
     return choose("quantize", BACKENDS, x, backend).run(x, scale, format, tile, power_of_two, seed, stream)
 
 
-def run_quantize_both(x, scale, format, tile, power_of_two, seed=None, stream=0, backend=None):  # type: ignore[no-untyped-def]
+def run_quantize_both(x, scale, format, tile, power_of_two, seed=None, stream=0, backend=None):  # type: ignore
     """`reference.quantize_both`, likewise."""
     if torch.compiler.is_compiling():
         out = torch.ops.fp8.quantize_both(x, scale, format.name, str(tile), power_of_two, _signed(seed), stream)

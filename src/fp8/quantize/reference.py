@@ -4,17 +4,18 @@
     scale   the smallest power of two with amax / scale <= max (or amax / max by IEEE division); 1 for a tile of zeros
     code    x / scale, rounded to the nearest code, ties to even, clipped at the largest finite code
 
-Whether an element is NaN or infinite is read from x, never from x / scale: a finite x that overflows under a stale scale is
-clipped, an infinite x stays visible (Inf in E5M2, NaN in E4M3). Subnormals are kept, zeros keep their sign, every NaN
-becomes 0x7F.
+Whether an element is NaN or infinite is read from x, never from x / scale: a finite x that overflows under a stale
+scale is clipped, an infinite x stays visible (Inf in E5M2, NaN in E4M3). Subnormals are kept, zeros keep their sign,
+every NaN becomes 0x7F.
 
 **The power of two without a division.** `max` is 1.75 * 2^8 in E4M3 and 1.75 * 2^15 in E5M2. An amax of `m * 2^e` with
-m in [1, 2) needs the scale 2^(e - 8) while m <= 1.75 and 2^(e - 7) above; adding 0x1FFFFF to the bits of the amax carries
-into the exponent exactly when m > 1.75. Clearing the mantissa and subtracting 8 (or 15) from the exponent is all.
+m in [1, 2) needs the scale 2^(e - 8) while m <= 1.75 and 2^(e - 7) above; adding 0x1FFFFF to the bits of the amax
+carries into the exponent exactly when m > 1.75. Clearing the mantissa and subtracting 8 (or 15) from the exponent is
+all.
 
-**Stochastic rounding.** t = |x / scale| in units of the last place lies between the codes f and f + 1; it becomes f + 1 with
-probability t - f, by comparing 32 random bits with floor((t - f) * 2^32). The bits are Philox4x32-10 of the element's
-row-major index, so they do not depend on the machine, the number of threads, or which orientation is written.
+**Stochastic rounding.** t = |x / scale| in units of the last place lies between the codes f and f + 1; it becomes f + 1
+with probability t - f, by comparing 32 random bits with floor((t - f) * 2^32). The bits are Philox4x32-10 of the
+element's row-major index, so they do not depend on the machine, the number of threads, or which orientation is written.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(codes [rows, cols], scale, finite amax of all of x)` of a matrix in FP32, BF16 or FP16.
 
-    `scale=None` measures it; a given one (FP32, of the tile's scale shape) is used as it is. `seed=None` rounds to nearest.
+    `scale=None` measures it; a given one (FP32, of the tile's scale shape) is used as it is. `seed=None` rounds to
+    nearest.
     """
     refuse_flushed_subnormals(x)
     x = x.float()

@@ -45,14 +45,12 @@ class Plan:
     band: int = 1
 
 
-def plan(mode: str, both: bool, rows: int, heavy: bool) -> Plan:
-    """The rectangle for a mode of `cast_tiles`. Groups and squares need 128 x 128, the others are free. Random words
-    and IEEE division need registers, so `heavy` requests get twice the warps."""
-    pack = 1 if not both else 4 if rows % 4 == 0 else 2 if rows % 2 == 0 else 1
+def plan(mode: str, both: bool) -> Plan:
+    """The rectangle for a mode of `cast_tiles`. Groups and squares need 128 x 128, the others are free."""
+    pack = 4 if both else 1
     if mode in ("group", "square"):
-        warps = 16 if heavy else 8
-        return Plan(128, 128, pack, warps) if both or mode == "square" else Plan(32, 128, 1, warps // 2)
-    return Plan(64, 128, pack, 8 if heavy else 4)
+        return Plan(128, 128, pack, 8) if both or mode == "square" else Plan(32, 128, 1, 4)
+    return Plan(64, 128, pack, 4)
 
 
 # --------------------------------------------------------------------------- one orientation: lines and rows
@@ -159,12 +157,22 @@ def quantize(
 def quantize_both(
     x: Tensor, scale: Tensor | None, format: Format, tile: Tile, power_of_two: bool, seed: int | None, stream: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`reference.quantize_both` of a contiguous CUDA matrix: `(codes, scale, codes_t [cols, rows], scale_t, amax)`."""
+    """`reference.quantize_both` of a contiguous CUDA matrix: `(codes, scale, codes_t [cols, rows], scale_t, amax)`.
+
+    The transposed codes leave four rows at a time, so an odd number of rows is filled up with zeros, which enter no
+    statistic and come after every index of the random words, and cut off again: one copy more.
+    """
     if x.numel() == 0:
         return reference.quantize_both(x, scale, format, tile, power_of_two, seed, stream)
+    rows = x.shape[0]
+    if rows % 4:
+        x = torch.nn.functional.pad(x, (0, 0, 0, -rows % 4))
     codes = torch.empty_like(x, dtype=format.dtype)
     codes_t = torch.empty(x.shape[::-1], dtype=format.dtype, device=x.device)
     scale, scale_t, amax = _tiles(x, codes, codes_t, scale, format, tile, power_of_two, seed, stream)
+    if rows % 4:
+        codes, codes_t = codes[:rows], codes_t[:, :rows].contiguous()
+        scale = _cut(scale, tile, rows)
     return codes, scale, codes_t, scale_t, amax
 
 
@@ -216,16 +224,17 @@ def _tiles(x, codes, codes_t, scale, format, tile, power_of_two, seed, stream, u
             scale if mode in ("tensor", "current") else scale.t() if tile.transposes else _scale(x, tile, cols, rows)
         )
     amax = _zero(x) if amax is None else amax
-    use = use or plan(mode, both, rows, seed is not None or not power_of_two)
+    use = use or plan(mode, both)
     down, across = triton.cdiv(rows, use.rows), triton.cdiv(cols, use.cols)
     other = scale_t if both else scale
     cast_tiles[(down * across,)](
         x, codes, codes_t if both else codes, scale, other, keys, amax,
-        rows, cols, down, across, *scale.stride(), *other.stride(), parts, *_halves(seed), stream,
+        rows, cols, down, across, *scale.stride(), *other.stride(), parts, *_halves(seed), stream, 0.0,
         MODE=mode, GIVEN=given, BOTH=both, GROUP=tile.cols if mode == "group" else 0, E4M3=format.name == "e4m3",
         POWER=power_of_two, STOCHASTIC=seed is not None, QUAD=cols % 4 == 0,
         EVEN=rows % use.rows == 0 and cols % use.cols == 0, ALIGNED=rows % 16 == 0, PARTS=PARTS,
         J=use.pack, BM=use.rows, BN=use.cols, BAND=use.band, num_warps=use.warps,
+        maxnreg=128 if both and power_of_two and seed is None else None,  # so that two programs fit a multiprocessor
     )  # fmt: skip
     return scale, scale_t, amax
 
@@ -245,6 +254,15 @@ def _scale(x: Tensor, tile: Tile, rows: int, cols: int) -> Tensor:
     if str(tile) == "1x128":
         return _fp32(x, across, down).t()
     return _fp32(x, down, across)
+
+
+def _cut(scale: Tensor, tile: Tile, rows: int) -> Tensor:
+    """The scales of the first rows, in the order that `_scale` gives them."""
+    if tile.rows != 1:
+        return scale
+    if str(tile) == "1x128":
+        return scale[:rows].t().clone(memory_format=torch.contiguous_format).t()
+    return scale[:rows].clone(memory_format=torch.contiguous_format)
 
 
 def _zero(x: Tensor) -> Tensor:

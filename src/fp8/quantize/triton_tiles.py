@@ -5,7 +5,7 @@ BN]` in which element (i, j, c) is row J * i + j, column c. Loads and row-major 
 time. For the other orientation the J = 4 codes at (i, 0..3, c), which lie in one thread because Triton hands out
 dimension 1 last, are packed into one 32-bit word: four neighbours in the transposed row c. Only `[BM / 4, BN]` words
 then change places through shared memory, as words and not as bytes, and leave as 16-byte stores along the transposed
-row. J falls to 2 or 1 where the number of rows is not a multiple of four.
+row. The number of rows is a multiple of four where both are written; J is 1 where only one is.
 
 **Where a scale comes from** (MODE):
 
@@ -34,6 +34,7 @@ from .triton_cast import (
     factor_of,
     key,
     nearest,
+    nearest_again,
     raise_amax,
     scale_of,
     scaled,
@@ -125,13 +126,9 @@ def encode(x, v, word, E4M3: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 @triton.jit
 def pack(codes, H: tl.constexpr, J: tl.constexpr, BN: tl.constexpr):
-    """[H, J, BN] codes to [H, BN] words of J bytes, the code of j = 0 lowest."""
-    if J == 1:
-        return tl.reshape(codes, [H, BN])
-    else:
-        WORD: tl.constexpr = tl.uint32 if J == 4 else tl.uint16
-        place = (tl.arange(0, J) * 8)[None, :, None]
-        return tl.sum(codes.to(tl.uint32) << place.to(tl.uint32), axis=1).to(WORD)
+    """[H, J = 4, BN] codes to [H, BN] words of four bytes, the code of j = 0 lowest."""
+    place = (tl.arange(0, J) * 8)[None, :, None]
+    return tl.sum(codes.to(tl.uint32) << place.to(tl.uint32), axis=1).to(tl.uint32)
 
 
 @triton.jit(
@@ -140,14 +137,14 @@ def pack(codes, H: tl.constexpr, J: tl.constexpr, BN: tl.constexpr):
 def cast_tiles(
     x_ptr, codes_ptr, codes_t_ptr, scale_ptr, scale_t_ptr, keys_ptr, amax_ptr,
     rows, cols, down, across, stride_r, stride_c, stride_tr, stride_tc, parts,
-    seed_low, seed_high, stream,
+    seed_low, seed_high, stream, nothing,
     MODE: tl.constexpr, GIVEN: tl.constexpr, BOTH: tl.constexpr, GROUP: tl.constexpr, E4M3: tl.constexpr,
     POWER: tl.constexpr, STOCHASTIC: tl.constexpr, QUAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
     PARTS: tl.constexpr, J: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """x [rows, cols] to codes, and with BOTH to codes_t [cols, rows]. `down x across` rectangles, one program each.
 
-    `keys_ptr` is read by current and row; `amax_ptr` (int32 bits, zero before) is raised by the other modes.
+    `nothing` is 0.0, which the compiler must not know (`nearest_again`). `keys_ptr` is read by current and row; `amax_ptr` (int32 bits, zero before) is raised by the other modes.
     BAND rectangles in a column follow each other before the next column starts (1: row after row of rectangles).
     """
     H: tl.constexpr = BM // J
@@ -251,13 +248,16 @@ def cast_tiles(
     if BOTH:
         if MODE == "row" or MODE == "group":
             codes = encode(x, scaled(x, factor_t, POWER), word, E4M3, STOCHASTIC)
-        WORD: tl.constexpr = tl.uint32 if J == 4 else (tl.uint16 if J == 2 else tl.uint8)
+        elif E4M3 and not STOCHASTIC:
+            codes = nearest_again(x, scaled(x, factor, POWER), nothing)
         turned = tl.trans(pack(codes, H, J, BN))
         words = rows // J
         if ALIGNED:
             words = tl.multiple_of(words, 16 // J)
         k = tile_r * H + tl.arange(0, H)
-        out_t = codes_t_ptr.to(tl.pointer_type(WORD), bitcast=True) + (c.to(tl.int64)[:, None] * words + k[None, :])
+        out_t = codes_t_ptr.to(tl.pointer_type(tl.uint32), bitcast=True) + (
+            c.to(tl.int64)[:, None] * words + k[None, :]
+        )
         if EVEN:
             tl.store(out_t, turned)
         else:
