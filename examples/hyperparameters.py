@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import fp8
-from fp8.train import adjust_hyperparameters
+from fp8 import adjust_hyperparameters
 
 
 # Practical adjustment for FP8 training

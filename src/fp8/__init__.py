@@ -1,4 +1,8 @@
-"""Train, quantize and serve transformer models in 8-bit floating point, and prove on any CPU, bit for bit, what it does."""
+"""Train, quantize and serve transformers in 8-bit floating point, and prove on any CPU, bit for bit, what it does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from .formats import FORMATS, Format
 from .matmul import explain_matmul, matmul
@@ -21,6 +25,9 @@ from .quantize import Quantized, quantize, quantize_both
 from .recipe import Recipe
 from .tile import Tile
 
+if TYPE_CHECKING:
+    from .train.optimizer import adjust_hyperparameters
+
 __all__ = [
     "FORMATS",
     "Conv2d",
@@ -32,6 +39,7 @@ __all__ = [
     "Report",
     "Tile",
     "TransformerLayer",
+    "adjust_hyperparameters",
     "attach",
     "autocast",
     "convert",
@@ -46,3 +54,12 @@ __all__ = [
     "update_scales",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """What belongs to a room that `import fp8` does not open."""
+    if name == "adjust_hyperparameters":
+        from .train.optimizer import adjust_hyperparameters
+
+        return adjust_hyperparameters
+    raise AttributeError(f"module 'fp8' has no attribute {name!r}")
