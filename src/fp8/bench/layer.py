@@ -97,8 +97,9 @@ def time_step(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor, gra
     return {"ms": statistics.median(times), "spread_ms": max(times) - min(times), "peak_gib": peak}
 
 
-def measure(layers: int, batch: int, tokens: int, only: list[str]) -> dict[str, Any]:
-    """Every arm, one after the other; one that fails is reported with its error."""
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Every arm, one after the other, saved as it comes; one that fails is reported with its error."""
+    layers, batch, tokens, only = options.layers, options.batch, options.tokens, options.only
     x = torch.randn(batch, tokens, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn_like(x)
     results: dict[str, Any] = {}
@@ -116,6 +117,7 @@ def measure(layers: int, batch: int, tokens: int, only: list[str]) -> dict[str, 
         except Exception as error:  # a benchmark goes on, and says what failed
             results[name] = f"{type(error).__name__}: {error}"[:300]
         torch.cuda.empty_cache()
+        save(options.out, "layer", {"options": vars(options), "arms": results})
         print(name, results[name], flush=True)
     return results
 
@@ -140,8 +142,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--only", nargs="*", default=[], help="only the arms whose name holds one of these words")
     options = parser.parse_args()
-    results = measure(options.layers, options.batch, options.tokens, options.only)
-    save(options.out, "layer", {"options": vars(options), "arms": results})
+    results = measure(options)
     show(results, options.batch * options.tokens)
 
 
