@@ -1,0 +1,48 @@
+"""Puts the demo's table into a page, between `<!-- table:demo -->` and `<!-- /table -->`.
+
+python -m fp8.report.readme runs/demo/demo.json README.md
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from .table import markdown
+
+BETWEEN = re.compile(r"(<!-- table:demo -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def with_table(page: str, results: dict[str, Any]) -> str:
+    """The page with the table in its place; `DataError` where the page has no place for it."""
+    if not BETWEEN.search(page):
+        raise DataError(
+            "the page has no '<!-- table:demo -->' and '<!-- /table -->' to put the table between; add them."
+        )
+    table = markdown(results)
+    return BETWEEN.sub(lambda found: f"{found[1]}{table}\n{found[2]}", page, count=1)
+
+
+def main(results: str, page: str) -> None:
+    path = Path(page)
+    path.write_text(with_table(path.read_text(encoding="utf-8"), read_results(Path(results))), encoding="utf-8")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The numbers of a demo; `DataError` where there are none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}. Run `fp8 demo` first.") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}. Run `fp8 demo` again.") from None
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m fp8.report.readme DEMO_JSON PAGE")
+    main(*sys.argv[1:])
