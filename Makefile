@@ -1,6 +1,7 @@
 # The one door, for people and for CI. The first use makes .venv from constraints.txt; nothing outside the checkout changes.
 #
-#   make demo      train in BF16 and in FP8, quantize, reload, generate; prints one table (about 4 minutes on 2 cores)
+#   make demo      train in high precision and in FP8, write, reload, generate; prints one table (about 3 minutes on 2 cores)
+#   make readme    the demo, and its table into README.md
 #   make test      the tests              make test ARGS="tests/test_formats.py -x"
 #   make check     format, lint, types
 #   make bench     benchmarks; on a Hopper GPU, side by side with BF16
@@ -27,11 +28,14 @@ READY :=
 endif
 endif
 
-.PHONY: demo test check bench format clean
+.PHONY: demo readme test check bench format clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
 	$(RUN) -m fp8 demo $(ARGS)
+
+readme: demo
+	$(RUN) -m fp8.report.readme runs/demo/demo.json README.md
 
 test: $(READY)
 	$(RUN) -m pytest $(ARGS)

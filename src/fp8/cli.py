@@ -119,6 +119,40 @@ app.command("train")(train_command())  # its flags are the settings of TrainConf
 
 
 @app.command()
+def demo(
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Preset of the FP8 run.")] = "tensorwise",
+    all_recipes: Annotated[bool, typer.Option("--all-recipes", help="One FP8 run each for all four presets.")] = False,
+    steps: Annotated[
+        int | None, typer.Option("--steps", "-n", help="Steps of each run; else 250, on a GPU 300.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the data.")] = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything that is made.")] = Path("runs/demo"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Train a small decoder on Moby-Dick in high precision and in FP8, write and reload the FP8 checkpoint, generate.
+
+    Ends with one table, and a report for the browser. After Ctrl-C the same command goes on where it stopped.
+
+    [bold]Examples[/]
+
+    [cyan]fp8 demo[/]  about three minutes on two CPU cores
+
+    [cyan]fp8 demo --recipe blockwise --seed 1[/]  another recipe
+
+    [cyan]fp8 demo --all-recipes --out runs/recipes[/]  all of them, side by side
+    """
+    from . import demo as room
+
+    changes = {} if steps is None else {"steps": steps}
+    recipes = room.ALL if all_recipes else (recipe,)
+    try:
+        room.run(room.Demo(recipes, out, seed, device, changes=changes, console=Console(highlight=False)))
+    except room.StoppedError as stopped:
+        typer.echo(str(stopped))
+        raise typer.Exit(130) from None
+
+
+@app.command()
 def generate(
     folder: Annotated[Path, typer.Argument(help="A checkpoint: FP8 (compressed-tensors) or a Hugging Face Llama.")],
     prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "Call me Ishmael.",
