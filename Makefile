@@ -5,6 +5,7 @@
 #   make test      the tests              make test ARGS="tests/test_formats.py -x"
 #   make check     format, lint, types
 #   make bench     benchmarks; on a Hopper GPU, side by side with BF16
+#   make readme    the README's tables, from runs/demo and bench/results
 #   make format    rewrite the sources as `make check` wants them
 #   make clean     remove .venv, caches and results
 #
@@ -28,14 +29,11 @@ READY :=
 endif
 endif
 
-.PHONY: demo readme test check bench format clean
+.PHONY: demo test check bench readme format clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
 	$(RUN) -m fp8 demo $(ARGS)
-
-readme: demo
-	$(RUN) -m fp8.report.readme runs/demo/demo.json README.md
 
 test: $(READY)
 	$(RUN) -m pytest $(ARGS)
@@ -47,6 +45,10 @@ check: $(READY)
 
 bench: $(READY)
 	$(RUN) -m fp8 bench $(ARGS)
+
+readme: demo
+	$(RUN) -m fp8.report.readme runs/demo/demo.json README.md
+	$(RUN) -m fp8.bench.table bench/results README.md
 
 format: $(READY)
 	$(RUN) -m ruff format .

@@ -1,7 +1,8 @@
 """Does a compiled kernel read a register that nothing wrote?
 
-The ptxas of CUDA 12.8 did so with codes that were both stored and transposed: right on paper, right in PTX, wrong on the GPU. A
-forward dataflow over the disassembly shows it without one: a register that no path has written before it is read.
+The ptxas of CUDA 12.8 did so with codes that were both stored and transposed: right on paper, right in PTX, wrong on
+the GPU. A forward dataflow over the disassembly shows it without one: a register that no path has written before it is
+read.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import subprocess
 from pathlib import Path
 
 LINE = re.compile(r"\s+/\*([0-9a-f]{4,5})\*/\s+(?:(@!?U?P\w+)\s+)?(\S+)\s*(.*?)\s*;")
-NO_RESULT = set(
-    "ST STG STS STL RED BAR BRA EXIT RET CALL BSYNC BSSY NOP ISETP FSETP MEMBAR R2UR WARPSYNC VOTEU PLOP3 R2P".split()
-)
+NO_RESULT = {
+    "ST", "STG", "STS", "STL", "RED", "BAR", "BRA", "EXIT", "RET", "CALL", "BSYNC", "BSSY", "NOP", "ISETP", "FSETP",
+    "MEMBAR", "R2UR", "WARPSYNC", "VOTEU", "PLOP3", "R2P",
+}  # fmt: skip
 Instruction = tuple[int, str | None, str, str]
 
 

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from . import __version__
+from .bench.command import command as bench_command
 from .errors import Fp8Error
 from .train.command import command as train_command
 
@@ -115,6 +116,7 @@ def formats(
         _print(as_json, lambda: show.rows(chosen), lambda: show.table(chosen, notes=console().width >= 140))
 
 
+app.command("bench")(bench_command)
 app.command("train")(train_command())  # its flags are the settings of TrainConfig
 
 

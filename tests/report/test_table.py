@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -74,6 +73,6 @@ def test_the_readme_gets_the_table_and_keeps_the_rest(results: dict[str, Any], t
 
 def test_a_page_without_a_place_is_refused(results: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no '<!-- table:demo -->'"):
-        with_table("# fp8", copy.deepcopy(results))
+        with_table("# fp8", markdown(results))
     with pytest.raises(DataError, match="Run `fp8 demo` first"):
         read_results(tmp_path / "none.json")

@@ -273,12 +273,13 @@ def repeats() -> dict[str, int]:
     return found
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    """See the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="results", help="folder for emulation.jsonl and emulation.json")
+    parser.add_argument("--out", default="bench/results", help="folder for emulation.jsonl and emulation.json")
     parser.add_argument("--seconds", type=float, default=75, help="start no case after this time")
     parser.add_argument("--only", default="", help="only cases whose line holds this word")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     folder, start, rows = Path(options.out), time.monotonic(), []
     folder.mkdir(parents=True, exist_ok=True)
     print(json.dumps(machine()), flush=True)

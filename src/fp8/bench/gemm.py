@@ -142,10 +142,11 @@ def line(timed: dict[str, Any]) -> str:
     return " | ".join(cells)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    """See the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="results", help="folder for gemm.json")
-    options = parser.parse_args()
+    parser.add_argument("--out", default="bench/results", help="folder for gemm.json")
+    options = parser.parse_args(arguments)
     torch.manual_seed(0)
     print(json.dumps(machine()), flush=True)
     print("TFLOP/s (times BF16); M = 16 in microseconds")

@@ -114,7 +114,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             model, call = build()
             results[name] = time_step(model, call, x, grad)
             del model, call
-        except Exception as error:  # a benchmark goes on, and says what failed
+        except Exception as error:  # noqa: BLE001 - a benchmark goes on, and says what failed
             results[name] = f"{type(error).__name__}: {error}"[:300]
         torch.cuda.empty_cache()
         save(options.out, "layer", {"options": vars(options), "arms": results})
@@ -134,14 +134,15 @@ def show(results: dict[str, Any], tokens: int) -> None:
         print(f"{name:30}{r['ms']:9.2f}{r['spread_ms']:8.2f}{ratio}{rate:11.0f}{r['peak_gib']:10.2f}")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    """See the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="folder for layer.json")
+    parser.add_argument("--out", default="bench/results", help="folder for layer.json")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--only", nargs="*", default=[], help="only the arms whose name holds one of these words")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     results = measure(options)
     show(results, options.batch * options.tokens)
 

@@ -91,9 +91,9 @@ def nearest(x, v, E4M3: tl.constexpr):
 def nearest_again(x, v, nothing):
     """`nearest` in E4M3, from conversions of its own: `nothing` is a zero that arrives at run time.
 
-    The ptxas of CUDA 12.8 merges two conversions into one register when a 32-bit store wants them so, and then reads the
-    single codes from registers that it never wrote. So the codes that are stored and those that are taken apart to be
-    transposed must not come from the same instruction, and a zero that the compiler knew would make them the same again.
+    The ptxas of CUDA 12.8 merges two conversions into one register when a 32-bit store wants them so, and then reads
+    the single codes from registers that it never wrote. So the codes that are stored and those that are taken apart to
+    be transposed must not come from the same instruction; a zero that the compiler knew would make them one again.
     """
     return tl.fma(x, tl.zeros(x.shape, tl.float32) + nothing, v).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
 

@@ -144,7 +144,8 @@ def cast_tiles(
 ):  # fmt: skip
     """x [rows, cols] to codes, and with BOTH to codes_t [cols, rows]. `down x across` rectangles, one program each.
 
-    `nothing` is 0.0, which the compiler must not know (`nearest_again`). `keys_ptr` is read by current and row; `amax_ptr` (int32 bits, zero before) is raised by the other modes.
+    `nothing` is 0.0, which the compiler must not know (`nearest_again`). `keys_ptr` is read by current and row;
+    `amax_ptr` (int32 bits, zero before) is raised by the other modes.
     BAND rectangles in a column follow each other before the next column starts (1: row after row of rectangles).
     """
     H: tl.constexpr = BM // J

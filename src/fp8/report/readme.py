@@ -1,4 +1,4 @@
-"""Puts the demo's table into a page, between `<!-- table:demo -->` and `<!-- /table -->`.
+"""Puts a table into a page, between `<!-- table:NAME -->` and `<!-- /table -->`; run as a program, the demo's.
 
 python -m fp8.report.readme runs/demo/demo.json README.md
 """
@@ -14,22 +14,21 @@ from typing import Any
 from ..errors import DataError
 from .table import markdown
 
-BETWEEN = re.compile(r"(<!-- table:demo -->\n).*?(<!-- /table -->)", re.DOTALL)
 
-
-def with_table(page: str, results: dict[str, Any]) -> str:
+def with_table(page: str, table: str, name: str = "demo") -> str:
     """The page with the table in its place; `DataError` where the page has no place for it."""
-    if not BETWEEN.search(page):
+    between = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table -->)", re.DOTALL)
+    if not between.search(page):
         raise DataError(
-            "the page has no '<!-- table:demo -->' and '<!-- /table -->' to put the table between; add them."
+            f"the page has no '<!-- table:{name} -->' and '<!-- /table -->' to put the table between; add them."
         )
-    table = markdown(results)
-    return BETWEEN.sub(lambda found: f"{found[1]}{table}\n{found[2]}", page, count=1)
+    return between.sub(lambda found: f"{found[1]}{table}\n{found[2]}", page, count=1)
 
 
 def main(results: str, page: str) -> None:
     path = Path(page)
-    path.write_text(with_table(path.read_text(encoding="utf-8"), read_results(Path(results))), encoding="utf-8")
+    table = markdown(read_results(Path(results)))
+    path.write_text(with_table(path.read_text(encoding="utf-8"), table), encoding="utf-8")
 
 
 def read_results(path: Path) -> dict[str, Any]:

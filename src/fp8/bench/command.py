@@ -1,0 +1,47 @@
+"""`fp8 bench`: the measurements, by name."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from ..backends import why_not_triton
+from ..errors import BackendError, ConfigError, suggest
+
+MEASUREMENTS = {
+    "quantize": "bytes against the reference, and bandwidth",
+    "gemm": "FP8 products beside BF16",
+    "layer": "a stack of transformer layers beside BF16 and torchao",
+    "emulation": "the emulated accumulator against the real one, whole outputs",
+}
+
+
+def command(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="quantize, gemm, layer, emulation; all without a name")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder for the JSON files")] = Path("bench/results"),
+) -> None:
+    """Measure on a Hopper GPU: a table on screen, JSON with versions on disk.
+
+    BF16, and each peer that is installed, are measured in the same run: ratios count, times move with the GPU's power.
+
+    [bold]Examples[/]
+
+        fp8 bench
+        fp8 bench gemm layer --out runs/bench
+    """
+    chosen = names or list(MEASUREMENTS)
+    for name in chosen:
+        if name not in MEASUREMENTS:
+            raise ConfigError(f"there is no measurement {name!r}. {suggest(name, MEASUREMENTS)}")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if (reason := why_not_triton(device)) is not None:
+        raise BackendError(f"fp8 bench measures FP8 tensor cores, and {reason}. `fp8 demo` runs on any machine.")
+    for name in chosen:
+        typer.echo(f"\n{name}: {MEASUREMENTS[name]}")
+        importlib.import_module(f"fp8.bench.{name}").main(["--out", str(out)])
