@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -60,10 +61,17 @@ def choose(operation: str, backends: tuple[Backend, ...], request: Any, forced: 
             continue
         reason = backend.why_not(request)
         if reason is None:
+            _tell_of_an_older_gpu(operation, backend, request.device)
             return Choice(backend.name, function(backend.module, operation), tuple(refused))
         refused.append((backend.name, reason))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
     raise BackendError(f"no backend can run {operation}. {reasons}")
+
+
+def _tell_of_an_older_gpu(operation: str, backend: Backend, device: torch.device) -> None:
+    """Warn, as often as Python's filters let it, that a GPU without FP8 tensor cores runs the definitions: right, slow."""
+    if device.type == "cuda" and backend.name == "reference" and (reason := why_not_hopper(device)) is not None:
+        warnings.warn(f"{operation} runs the reference implementation: {reason}.", stacklevel=4)
 
 
 @cache
@@ -91,8 +99,8 @@ def why_not_hopper(device: torch.device) -> str | None:
     have = capability(device.index or 0)
     if have < HOPPER:
         return (
-            f"the GPU has compute capability {have[0]}.{have[1]}; FP8 products need 9.0 (Hopper) or newer. "
-            "Here the CPU models run: move the tensors to the CPU"
+            f"the GPU has compute capability {have[0]}.{have[1]}, and FP8 tensor cores need 9.0 (Hopper) or "
+            "newer. The bits are the same, only slow; fp8.autocast(enabled=False) or convert(only_if_faster=True) keep to BF16"
         )
     return None
 

@@ -1,0 +1,50 @@
+"""A backend is chosen for a reason, refused for a reason, and both can be read."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fp8 import backends
+from fp8.backends import Backend, choose
+from fp8.errors import BackendError
+
+PICKY = Backend("picky", "the moon", lambda request: "the moon is not up", "fp8.quantize.triton")
+REFERENCE = Backend("reference", "nothing", lambda request: None, "fp8.quantize.reference")
+HERE = SimpleNamespace(device=torch.device("cpu"))
+
+
+def test_the_first_that_accepts_runs_and_the_refusals_are_kept() -> None:
+    choice = choose("quantize", (PICKY, REFERENCE), HERE)
+    assert choice.name == "reference"
+    assert choice.refused == (("picky", "the moon is not up"),)
+    assert str(choice) == "reference (picky: the moon is not up)"
+
+
+def test_when_none_accepts_every_reason_is_told() -> None:
+    with pytest.raises(BackendError, match=r"no backend can run quantize\. picky: the moon is not up"):
+        choose("quantize", (PICKY,), HERE)
+
+
+def test_an_unknown_backend_is_named_with_the_nearest() -> None:
+    with pytest.raises(BackendError, match="Did you mean 'reference'"):
+        choose("quantize", (PICKY, REFERENCE), HERE, forced="referense")
+
+
+def test_a_gpu_older_than_hopper_runs_the_definitions_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An A100 has compute capability 8.0."""
+    monkeypatch.setattr(backends, "capability", lambda index: (8, 0))
+    older = SimpleNamespace(device=torch.device("cuda", 0))
+    with pytest.warns(
+        UserWarning, match=r"reference implementation: the GPU has compute capability 8.0.*only_if_faster"
+    ):
+        assert choose("quantize", (REFERENCE,), older).name == "reference"
+    assert "9.0 (Hopper) or newer" in (backends.why_not_triton(older.device) or "")
+
+
+def test_a_hopper_gpu_is_not_spoken_of(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    monkeypatch.setattr(backends, "capability", lambda index: (9, 0))
+    assert choose("quantize", (REFERENCE,), SimpleNamespace(device=torch.device("cuda", 0))).name == "reference"
+    assert not recwarn.list
