@@ -107,6 +107,15 @@ def test_the_recipe_of_a_context_is_checked_when_it_is_made() -> None:
         fp8.autocast(recipe="blockwize")
 
 
+@pytest.mark.parametrize("first", ["rowwise", fp8.Recipe.of("rowwise"), None], ids=str)
+def test_a_recipe_in_the_place_of_enabled_is_refused_and_not_taken_for_true(first: object) -> None:
+    with pytest.raises(RecipeError, match="first argument is enabled"):
+        fp8.autocast(first)
+    if first is not None:
+        with pytest.raises(RecipeError, match="third argument is bias"):
+            fp8.Linear(8, 8, first)
+
+
 def test_counting_nests() -> None:
     """The inner count has what ran inside it; the outer one what ran around it."""
     layer = fp8.Linear(4, 4, recipe="tensorwise")

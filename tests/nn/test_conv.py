@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fp8
+from fp8.errors import ConfigError, ShapeError
 
 GEOMETRIES = [
     {},
@@ -92,10 +93,19 @@ def test_groups_and_autocast_off_run_torchs_convolution() -> None:
     ours, theirs = layers({}, None)
     x = torch.randn(2, 4, 9, 9)
     assert torch.equal(ours(x), theirs(x))
-    grouped = fp8.Conv2d(4, 6, 3, groups=2, recipe="tensorwise")
-    with fp8.count_products() as products:
+    grouped = fp8.Conv2d(4, 6, 3, groups=2)
+    with fp8.count_products() as products, fp8.autocast():
         grouped(x)
     assert not products.counts
+    with pytest.raises(ConfigError, match="leave out recipe='rowwise'"):
+        fp8.Conv2d(4, 6, 3, groups=2, recipe="rowwise")
+
+
+def test_an_input_of_another_shape_is_refused_by_name() -> None:
+    ours, _ = layers({})
+    for shape in ((2, 5, 9, 9), (9, 9), (1, 2, 4, 9, 9)):
+        with pytest.raises(ShapeError, match=r"takes \[batch, 4, height, width\]"):
+            ours(torch.ones(shape))
 
 
 def test_products_are_counted_and_codes_saved() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fp8
+from fp8.errors import ConfigError
 from fp8.recipe import Delayed, Recipe
 
 X, W, GRAD = 0, 1, 2
@@ -210,6 +211,23 @@ def test_a_growing_loss_scale_is_followed_before_it_can_saturate() -> None:
     assert scaler.get_scale() == 16.0
     assert held.fp8.delayed.history[GRAD, -4:].tolist() == [16.0] * 4
     assert held.fp8.delayed.scale[GRAD].item() == 2.0**-11  # 16 / 57344 = 2^-11.8
+
+
+def test_a_loss_scale_is_followed_once_whoever_attaches() -> None:
+    """Two optimizers of one model (one for matrices, one for the rest): a second handle on the same scaler would move
+    the gradient history by the square. One model each is what several optimizers of several models have."""
+    held, other, scaler = layer(), layer(), torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=1)
+    optimizer = torch.optim.SGD(held.parameters(), 0.0)
+    fp8.attach(held, optimizer, scaler)
+    fp8.attach(other, torch.optim.SGD(other.parameters(), 0.0), scaler)
+    with pytest.raises(ConfigError, match="already follows this GradScaler"):
+        fp8.attach(held, torch.optim.SGD(held.parameters(), 0.0), scaler)
+    scaler.scale(held(torch.ones(2, 4)).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert held.fp8.delayed.history[GRAD, -1].item() == 2.0
+    with pytest.raises(ConfigError, match="a model and its optimizer, in this order; got SGD and Linear"):
+        fp8.attach(optimizer, held)
 
 
 def test_removing_the_handle_puts_everything_back() -> None:

@@ -96,15 +96,20 @@ def test_after_a_step_of_any_optimizer(recipe: str, optimizer: str) -> None:
 
 @recipes
 def test_after_writing_to_data_and_a_refresh(recipe: str) -> None:
-    """`.data` moves no version counter, so only the refresh can know: before it the old codes are in use, after it the
-    new."""
-    model = small_model(recipe)
+    """`.data` moves no version counter, so only the refresh can know: before it the old codes are in use (which shows
+    that held codes are what is multiplied by), after it the new."""
+    model = small_model(recipe).eval()
+    model["linear"].bias.data.zero_()
     fp8.refresh(model)
+    x = torch.randn(3, 24)
+    y = model["linear"](x)
     for parameter in model.parameters():
         parameter.data.mul_(-3.0)
     assert stale(model) > 0
+    assert torch.equal(model["linear"](x), y)
     fp8.refresh(model)
     assert stale(model) == 0
+    assert not torch.equal(model["linear"](x), y)
 
 
 @recipes
@@ -123,7 +128,7 @@ def test_a_change_that_torch_sees_is_noticed_without_a_refresh(recipe: str) -> N
 
 @recipes
 def test_after_loading_moving_casting_and_copying(recipe: str) -> None:
-    """Loading and casting drop the codes, a copy has its own; the next refresh makes them anew."""
+    """Loading, casting and copying drop the codes; the next refresh makes them anew."""
     model, other = small_model(recipe), small_model(recipe)
     fp8.refresh(model)
     with torch.no_grad():
@@ -135,6 +140,9 @@ def test_after_loading_moving_casting_and_copying(recipe: str) -> None:
     assert stale(model) == 0
 
     twin = copy.deepcopy(model)
+    assert not any(part.codes is not None for part, _ in parts(twin))
+    assert hold_codes(model)
+    fp8.refresh(twin)
     assert stale(twin) == 0
     assert all(
         a.codes.data_ptr() != b.codes.data_ptr() for (a, _), (b, _) in zip(parts(model), parts(twin), strict=True)
@@ -202,3 +210,91 @@ def test_a_refresh_writes_the_transposed_scales_where_they_differ() -> None:
     straight, turned = codes_of(part, weight)
     assert torch.equal(part.scale, straight.scale)
     assert torch.equal(part.scale_t, turned.scale)
+
+
+def negated_in_place(layer: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        layer.weight.neg_()
+    return layer
+
+
+def replaced(layer: nn.Module) -> nn.Module:
+    layer.weight = nn.Parameter(layer.weight.detach().neg())
+    return layer
+
+
+def replaced_under_data(layer: nn.Module) -> nn.Module:
+    layer.weight.data = layer.weight.data.neg()
+    return layer
+
+
+def copied_and_negated(layer: nn.Module) -> nn.Module:
+    """A copy of a layer whose codes were stale: its parameter has another version counter, which may fit by chance."""
+    return copy.deepcopy(negated_in_place(layer))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "conv channels_last"])
+@pytest.mark.parametrize("change", [negated_in_place, replaced, replaced_under_data, copied_and_negated])
+def test_another_weight_in_any_way_that_torch_sees_is_another_result(
+    kind: str, change: Callable[[nn.Module], nn.Module]
+) -> None:
+    """y of minus the weight is minus y, with codes of the weight held, twice in a row."""
+    torch.manual_seed(0)
+    made = fp8.Conv2d(4, 6, 3, bias=False, recipe="rowwise") if "conv" in kind else None
+    layer: nn.Module = copy.deepcopy(made or fp8.Linear(8, 6, bias=False, recipe="rowwise"))  # version counter 0
+    if kind == "conv channels_last":
+        layer = layer.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 8, 8)
+    fp8.refresh(layer)
+    y = layer(x)
+    layer = change(layer)
+    assert torch.equal(layer(x), -y)
+    assert torch.equal(change(layer)(x), y)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_a_weight_that_is_computed_for_each_call_is_quantized_for_each_call(norm: Callable) -> None:
+    """Its codes would be those of the step before."""
+    torch.manual_seed(0)
+    layer = norm(fp8.Linear(8, 8, bias=False, recipe="tensorwise"))
+    optimizer = torch.optim.SGD(layer.parameters(), 1.0)
+    fp8.attach(layer, optimizer)
+    x = torch.randn(4, 8)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    y = layer.eval()(x)
+    expected = fp8.matmul(fp8.quantize(x), fp8.quantize(layer.weight), torch.float32)
+    assert torch.equal(y, expected)
+
+
+def test_codes_are_forgotten_with_their_recipe() -> None:
+    layer, x = fp8.Linear(200, 40, bias=False, recipe="tensorwise"), torch.randn(3, 200)
+    with torch.no_grad():
+        layer.weight[0] *= 1000
+    fp8.refresh(layer)
+    layer.fp8.set_recipe(Recipe.of("blockwise"))
+    plain = fp8.Linear(200, 40, bias=False, recipe="blockwise")
+    plain.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x), plain(x))
+
+
+def test_codes_are_held_in_inference_mode_too() -> None:
+    """Of parameters born there, which have no version counter, as of others."""
+    layer = fp8.Linear(8, 8, recipe="rowwise")
+    with torch.inference_mode():
+        for one in (layer, fp8.Linear(8, 8, recipe="rowwise")):
+            y = one(torch.ones(2, 8))
+            fp8.refresh(one)
+            assert hold_codes(one)
+            assert torch.equal(one(torch.ones(2, 8)), y)
+
+
+def test_a_refresh_in_evaluation_writes_nothing_to_the_delayed_state() -> None:
+    layer = fp8.Linear(8, 8, recipe="delayed").eval()
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    fp8.refresh(layer)
+    assert all(
+        torch.equal(before[key], value) for key, value in layer.state_dict().items() if key != "fp8.delayed.scale"
+    )
+    assert layer.fp8.delayed.pending.tolist() == [-1.0] * 3

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from ..scaling import ScaleState, scale_gradients, update
 from .products import Fp8Products
 
@@ -20,18 +21,24 @@ def refresh(model: nn.Module) -> None:
     """Write the codes of every FP8 weight as it is now; forwards use them until the weights are moved, cast or loaded.
 
     From then on, call it after each change of the weights, or let `attach` do it. Without any refresh, every forward
-    quantizes its weight.
+    quantizes its weight. So does, always, a layer whose weight is no parameter but computed from some (by
+    `weight_norm`, a parametrization, or a reordering of a channels-last kernel): its codes would be stale at once.
     """
     for module in model.modules():
         weights = getattr(module, "fp8_weights", None)
         if weights is not None:
+            stored = {p.untyped_storage().data_ptr() for p in module.parameters()}
             with torch.no_grad():
                 for part, weight in weights():
-                    part.refresh(weight)
+                    if weight.untyped_storage().data_ptr() in stored:
+                        part.refresh(weight)
+                    else:
+                        part.forget()
 
 
 def update_scales(model: nn.Module, found_inf: Tensor | bool | None = None) -> None:
-    """The one update of delayed scaling a step, after the optimizer's. `found_inf`: the step was skipped and leaves no trace."""
+    """The one update of delayed scaling a step, after the optimizer's. `found_inf`: the step was skipped and leaves no
+    trace."""
     update(_states(model), found_inf)
 
 
@@ -47,10 +54,11 @@ class Attached:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, grad_scaler: Any) -> None:
         self.model, self.optimizer, self.scaler = model, optimizer, grad_scaler
         self.stepped = False
-        self.hook = optimizer.register_step_post_hook(self._after_step)
         if grad_scaler is not None:
+            _refuse_a_second(grad_scaler.update, model)
             self._update = grad_scaler.update
             grad_scaler.update = self._after_scaler
+        self.hook = optimizer.register_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.stepped = True
@@ -58,7 +66,8 @@ class Attached:
         refresh(self.model)
 
     def _after_scaler(self, new_scale: Any = None) -> None:
-        """In place of `GradScaler.update`: a step that it skipped is discarded; a new loss scale moves the gradients' history."""
+        """In place of `GradScaler.update`: a step that it skipped is discarded; a new loss scale moves the gradients'
+        history."""
         if not self.stepped:
             update_scales(self.model, True)
         self.stepped = False
@@ -74,6 +83,16 @@ class Attached:
             self.scaler.update = self._update
 
 
+def _refuse_a_second(update_of_scaler: Any, model: nn.Module) -> None:
+    """Two handles that follow one scaler for one model would move its gradient history twice."""
+    while isinstance(holder := getattr(update_of_scaler, "__self__", None), Attached):
+        if holder.model is model:
+            raise ConfigError(
+                "this model already follows this GradScaler through another attach: give grad_scaler to one of them."
+            )
+        update_of_scaler = holder._update
+
+
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer, grad_scaler: Any = None) -> Attached:
     """After each step of `optimizer`, update the delayed scales of `model` once and refresh its weight codes.
 
@@ -81,5 +100,8 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, grad_scaler: Any 
 
     The weights are quantized once a step, however many micro-batches it has. Returns a handle with `remove()`.
     """
+    if not (isinstance(model, nn.Module) and isinstance(optimizer, torch.optim.Optimizer)):
+        given = f"{type(model).__name__} and {type(optimizer).__name__}"
+        raise ConfigError(f"attach takes a model and its optimizer, in this order; got {given}.")
     refresh(model)
     return Attached(model, optimizer, grad_scaler)

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..errors import RecipeError
 from ..recipe import Recipe
 
 
@@ -67,6 +68,10 @@ class autocast(_Surrounding):
     """
 
     def __init__(self, enabled: bool = True, recipe: str | Recipe | None = None) -> None:
+        if not isinstance(enabled, bool):
+            raise RecipeError(
+                f"autocast's first argument is enabled, True or False: write autocast(recipe={enabled!r})."
+            )
         super().__init__(enabled=enabled, recipe=Recipe.of("tensorwise" if recipe is None else recipe))
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError, RecipeError, ShapeError
 from ..quantize import Quantized
 from ..recipe import Recipe
-from .autocast import recipe_in_use
 from .products import Fp8Products
 
 Weighted = tuple[Fp8Products, Tensor]
@@ -34,6 +34,8 @@ class Linear(nn.Linear):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, recipe: str | Recipe | None = None, **kwargs: Any
     ) -> None:
+        if isinstance(bias, (str, Recipe)):
+            raise RecipeError(f"the third argument is bias, as in torch: write Linear(..., recipe={bias!r}).")
         super().__init__(in_features, out_features, bias, **kwargs)
         self.fp8 = Fp8Products(None if recipe is None else Recipe.of(recipe))
 
@@ -67,11 +69,19 @@ class Conv2d(nn.Conv2d):
 
     def __init__(self, *args: Any, recipe: str | Recipe | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if recipe is not None and self.groups != 1:
+            raise ConfigError(
+                f"a convolution in {self.groups} groups has products too thin for FP8: leave out recipe={recipe!r}, "
+                "and it runs in high precision."
+            )
         self.fp8 = Fp8Products(None if recipe is None else Recipe.of(recipe))
 
     def forward(self, input: Tensor) -> Tensor:
-        if recipe_in_use(self.fp8.recipe) is None or self.groups != 1:
+        if self.fp8.recipe_now() is None or self.groups != 1:
             return super().forward(input)
+        if input.dim() not in (3, 4) or input.shape[-3] != self.in_channels:
+            name, shape = self.fp8.name or "an FP8 convolution", tuple(input.shape)
+            raise ShapeError(f"{name} takes [batch, {self.in_channels}, height, width]; the input has shape {shape}.")
         x = input if input.dim() == 4 else input.unsqueeze(0)
         x, padding = self._padded(x)
         rows = nn.functional.unfold(x, self.kernel_size, self.dilation, padding, self.stride)  # type: ignore[arg-type]

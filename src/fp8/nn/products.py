@@ -16,9 +16,13 @@ at both ends.
 weight's codes once `refresh` has been called. It owns no parameter: the layer passes its weight in.
 
 **Weight codes.** Without a refresh every forward quantizes the weight it is given. `refresh` writes the codes of the
-current parameter, both orientations, into buffers, which are used until the module is moved, cast or loaded into.
-Whoever updates the weights calls it again (`fp8.attach` does so after each optimizer step); in eager mode a version
-counter that moved without a refresh is noticed, and the stale codes are not used.
+current parameter, both orientations, into buffers, which are used until the module is moved, cast, copied or loaded
+into. Whoever updates the weights calls it again (`fp8.attach` does so after each optimizer step); in eager mode another
+tensor in the parameter's place, or a version counter that moved without a refresh, is noticed, and the stale codes are
+not used. A weight that is computed anew for each call has no codes to hold.
+
+**Recomputing.** Activation checkpointing runs a layer again inside backward, when the `fp8.autocast` around its forward
+may have been left. So each call outside of backward leaves its recipe behind, and a call inside of it takes that one.
 """
 
 from __future__ import annotations
@@ -35,11 +39,13 @@ from ..errors import ConvertError, ShapeError, TensorError
 from ..formats import format_of
 from ..matmul import run_matmul
 from ..quantize import INPUTS, Quantized, run_quantize, run_quantize_both
+from ..quantize.record import as_matrix
 from ..recipe import Operand, Recipe
 from ..scaling import DelayedState, ScaleState, state_for
 from .autocast import Products, active, recipe_in_use
 
 X, W, GRAD = 0, 1, 2
+PARTS = ("codes", "codes_t", "scale", "scale_t")
 Pair = tuple[Quantized, Quantized | None]
 
 
@@ -50,6 +56,7 @@ class Run:
     recipe: Recipe
     state: ScaleState | None
     record: bool
+    backward: bool
     weight: Pair | None
     products: Products | None
     name: str
@@ -86,7 +93,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, run: Run) -> Tensor:
-        need_x, need_w, *_ = ctx.needs_input_grad
+        need_x, need_w = (need and run.backward for need in ctx.needs_input_grad[:2])  # True under no_grad as well
         x_q, x_t = run.quantize(x, X, both=need_w)
         w_q, w_t = run.weight if run.weight is not None else run.quantize(weight, W, both=need_x)
         run.count("forward")
@@ -122,8 +129,14 @@ def _restore(tiles: tuple[Any, ...], saved: tuple[Tensor, ...]) -> list[Quantize
     return [None if tile is None else Quantized(next(tensors), next(tensors), *tile) for tile in tiles]
 
 
+def _mark(weight: Tensor) -> tuple[int, int]:
+    """What changes when a weight does, as far as torch can see: `.data.copy_` and inference tensors leave no trace."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
 class Fp8Products(nn.Module):
-    """The FP8 part of a layer: recipe, delayed state, weight codes. Call it with x [..., K], the weight [N, K] and the bias."""
+    """The FP8 part of a layer: recipe, delayed state, weight codes. Call it with x [..., K], the weight [N, K] and the
+    bias."""
 
     codes: Any
     codes_t: Any
@@ -135,35 +148,47 @@ class Fp8Products(nn.Module):
         self.name = name
         self.recipe: Recipe | None = None
         self.delayed: ScaleState | None = None
-        self.set_recipe(recipe)
-        for part in ("codes", "codes_t", "scale", "scale_t"):
+        for part in PARTS:
             self.register_buffer(part, None, persistent=False)
-        self.version = -1
+        self.made_of: tuple[int, int] | None = None
+        self.last: Recipe | None = None
+        self.set_recipe(recipe)
 
     def set_recipe(self, recipe: Recipe | None) -> None:
-        """Change the recipe; what delayed scaling remembered under another one is forgotten."""
+        """Change the recipe; what was made or remembered under another one is forgotten."""
         if recipe != self.recipe:
+            self.forget()
             self.recipe = recipe
             self.delayed = None if recipe is None else state_for(recipe)
+
+    def recipe_now(self) -> Recipe | None:
+        """The recipe of this call; None: high precision. Recomputing in backward takes that of the call before it."""
+        if torch.compiler.is_compiling():
+            return recipe_in_use(self.recipe)
+        if torch._C._current_graph_task_id() == -1:
+            self.last = recipe_in_use(self.recipe)
+        return self.last
 
     def extra_repr(self) -> str:
         return f"recipe={self.recipe.name if self.recipe else None!r}"
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        recipe = recipe_in_use(self.recipe)
+        recipe = self.recipe_now()
         if recipe is None:
             return nn.functional.linear(x, weight, bias)
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        if x.dtype not in INPUTS:
-            raise TensorError(f"{self.name or 'an FP8 layer'} takes float32, bfloat16 or float16, not {x.dtype}.")
+        for what, tensor in (("takes", x), ("has a weight to quantize of", weight)):
+            if tensor.dtype not in INPUTS:
+                name = self.name or "an FP8 layer"
+                raise TensorError(f"{name} {what} float32, bfloat16 or float16, not {tensor.dtype}.")
         if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
             raise ShapeError(
                 f"{self.name or 'an FP8 layer'} takes [..., {weight.shape[1]}]; x has shape {tuple(x.shape)}."
             )
         run = self.run(recipe, weight, x.requires_grad)
-        y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, run)
+        y = _Linear.apply(as_matrix(x), weight, bias, run)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     def run(self, recipe: Recipe, weight: Tensor, backward: bool) -> Run:
@@ -172,7 +197,8 @@ class Fp8Products(nn.Module):
         if record and isinstance(state, DelayedState) and torch.compiler.is_compiling():
             quantized = (X, *(() if self.codes is not None else (W,)))
             state.expect(*quantized, *((GRAD,) if backward or weight.requires_grad else ()))
-        return Run(recipe, state, record, self._codes(recipe, weight), active().products, self.name)
+        backward = torch.is_grad_enabled()
+        return Run(recipe, state, record, backward, self._codes(recipe, weight), active().products, self.name)
 
     def _state(self, recipe: Recipe, weight: Tensor) -> ScaleState | None:
         if recipe.delayed is None:
@@ -190,7 +216,8 @@ class Fp8Products(nn.Module):
         """The refreshed codes, if they are of this recipe and of the parameter as it is."""
         if self.codes is None or recipe is not self.recipe:
             return None
-        if not torch.compiler.is_compiling() and weight._version != self.version:
+        if not torch.compiler.is_compiling() and self.made_of != _mark(weight):
+            self.made_of = None  # for good: a later tensor may come to lie at the same address
             return None
         row, tile = format_of(recipe.w.format), recipe.w.tile
         scale_t = self.scale.t() if tile.transposes else self.scale_t
@@ -203,7 +230,7 @@ class Fp8Products(nn.Module):
         if recipe is None:
             raise ConvertError(f"{self.name or 'this layer'} has no recipe: fp8.convert the model first.")
         state = self._state(recipe, weight)
-        return Run(recipe, state, record, None, None, self.name).quantize(weight, W)
+        return Run(recipe, state, record, False, None, None, self.name).quantize(weight, W)
 
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
@@ -220,11 +247,15 @@ class Fp8Products(nn.Module):
                 setattr(self, part, value.clone())
             else:
                 held.copy_(value)
-        self.version = weight._version
+        self.made_of = _mark(weight)
 
     def forget(self) -> None:
         """Drop the weight codes: until the next refresh every forward quantizes."""
-        self.codes = self.codes_t = self.scale = self.scale_t = None
+        self.codes = self.codes_t = self.scale = self.scale_t = self.made_of = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copying and pickling take along: all but the codes, whose weight is another one there."""
+        return {**self.__dict__, "_buffers": {**self._buffers, **dict.fromkeys(PARTS)}, "made_of": None, "last": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Products:
         self.forget()
