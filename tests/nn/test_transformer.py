@@ -158,3 +158,9 @@ def test_bf16_autocast_trains(recompute: bool) -> None:
 def test_what_does_not_fit_is_refused(error: type[Fp8Error], words: str, make) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(0, None), (4, 0), (-2, None), (3, None)])
+def test_heads_that_do_not_divide_are_refused(heads: int, kv_heads: int | None) -> None:
+    with pytest.raises(ConfigError, match="must be a multiple of num_attention_heads"):
+        fp8.TransformerLayer(8, 16, heads, num_kv_heads=kv_heads)

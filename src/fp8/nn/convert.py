@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from ..errors import ConvertError
 from ..recipe import Recipe
@@ -33,7 +34,7 @@ FAST_PATHS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.Transfor
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of one module: `fp8` or not, why, and how many parameters it has. `ran` is None until `Report.trace`."""
+    """What became of one module: `fp8` or not, why, how many parameters it has. `ran` is None until `Report.trace`."""
 
     name: str
     type: str
@@ -65,9 +66,15 @@ class Report:
         return sum(d.parameters for d in self.decisions if d.fp8) / max(sum(d.parameters for d in self.decisions), 1)
 
     def trace(self, model: nn.Module, *inputs: Any, **keywords: Any) -> Report:
-        """Run one forward and tell, of each converted layer, whether its FP8 product ran. Gradients are not computed."""
-        with torch.no_grad(), count_products() as products:
-            model(*inputs, **keywords)
+        """Run one forward and tell, of each converted layer, whether its FP8 product ran. In evaluation mode and
+        without gradients, so that running statistics stay as they are."""
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            with torch.no_grad(), count_products() as products:
+                model.eval()(*inputs, **keywords)
+        finally:
+            for module, training in modes:
+                module.training = training
         ran = products.layers()
         seen = [replace(d, ran=_ran(d.name, ran)) if d.fp8 else d for d in self.decisions]
         return replace(self, decisions=tuple(seen))
@@ -147,7 +154,7 @@ def register(module_type: type[nn.Module], converter: Converter) -> None:
 
 
 def _transposed_linear(kind: type[nn.Module]) -> Converter | None:
-    """Hugging Face's `Conv1D`, a linear layer that stores its weight as [in, out], known by name: nothing is imported."""
+    """Hugging Face's `Conv1D`, a linear layer with its weight stored as [in, out]; known by name, not imported."""
     if (kind.__module__, kind.__name__) != ("transformers.pytorch_utils", "Conv1D"):
         return None
 
@@ -191,8 +198,12 @@ def convert(
     Embeddings and norms always stay. Raises `ConvertError`, before anything is changed, for a weight with NaN or Inf.
     `revert` undoes.
     """
+    if not isinstance(model, nn.Module):
+        raise ConvertError(f"convert changes a torch.nn.Module in place; got {type(model).__name__}.")
     base = Recipe.of(recipe)
-    patterns = [skip] if isinstance(skip, str) else list(skip)
+    patterns = [skip] if isinstance(skip, str) else list(skip or ())
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConvertError(f"skip takes names or patterns of names, as in '*.attention.out'; got {skip!r}.")
     unused = [p for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name, _ in model.named_modules())]
     if unused:
         raise ConvertError(f"skip={unused[0]!r} matches no module; the first are {_first_names(model)}.")
@@ -226,7 +237,8 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 def _holders(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules to decide on: those that hold parameters, but not the inside of an attention module or of one registered."""
+    """The modules to decide on: those that hold parameters, but not the inside of an attention module or of one
+    registered."""
     found: list[tuple[str, nn.Module]] = []
     inside: list[str] = []
     for name, module in model.named_modules():
@@ -257,6 +269,8 @@ def _decide(
     if pattern is not None:
         return None, f"skipped by request ({pattern!r})"
     kind = type(module)
+    if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
+        return None, "its parameters have no shape yet: run the model once, then convert"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return None, "an embedding is a look-up, not a product"
     if "norm" in kind.__name__.lower():
@@ -333,7 +347,7 @@ def _stay_off_the_fast_path(model: nn.Module, on: bool) -> None:
 
 def _refuse_non_finite(name: str, module: nn.Module) -> None:
     for key, parameter in module.named_parameters():
-        if not bool(parameter.isfinite().all()):
+        if not parameter.is_meta and not bool(parameter.isfinite().all()):
             raise ConvertError(
                 f"{name}.{key} holds NaN or Inf, so its FP8 codes would too. Find where they come from, or skip "
                 f"the layer: convert(model, skip=[{name!r}]). Nothing was changed."
@@ -342,7 +356,7 @@ def _refuse_non_finite(name: str, module: nn.Module) -> None:
 
 def _size(module: nn.Module) -> int:
     whole = isinstance(module, nn.MultiheadAttention)
-    return sum(p.numel() for p in module.parameters(recurse=whole))
+    return sum(p.numel() for p in module.parameters(recurse=whole) if not isinstance(p, UninitializedParameter))
 
 
 def _first_names(model: nn.Module) -> str:

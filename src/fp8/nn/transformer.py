@@ -60,7 +60,13 @@ class TransformerLayer(nn.Module):
                 raise ConfigError(f"{what} cannot be {word!r}. {suggest(word, known)}")
         self.attention_norm = NORMS[norm](hidden_size, eps=norm_eps)
         self.attention = SelfAttention(
-            hidden_size, num_attention_heads, num_kv_heads or num_attention_heads, bias, causal, rope_theta, recipe
+            hidden_size,
+            num_attention_heads,
+            num_attention_heads if num_kv_heads is None else num_kv_heads,
+            bias,
+            causal,
+            rope_theta,
+            recipe,
         )
         self.mlp_norm = NORMS[norm](hidden_size, eps=norm_eps)
         self.mlp = MLP(hidden_size, ffn_hidden_size, activation, bias, recipe)
@@ -90,7 +96,7 @@ class SelfAttention(nn.Module):
         recipe: str | Recipe | None,
     ) -> None:
         super().__init__()
-        if hidden_size % heads or heads % kv_heads:
+        if min(hidden_size, heads, kv_heads) < 1 or hidden_size % heads or heads % kv_heads:
             raise ConfigError(
                 f"hidden_size={hidden_size} must be a multiple of num_attention_heads={heads}, and that of "
                 f"num_kv_heads={kv_heads}."
@@ -146,7 +152,7 @@ class MLP(nn.Module):
 def rope_tables(
     tokens: int, head_dim: int, theta: float, device: torch.device, start: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [tokens, head_dim / 2] in FP32 for positions from `start`: angles in FP32, as Hugging Face makes them."""
+    """cos and sin [tokens, head_dim / 2] in FP32 for positions from `start`; angles in FP32, as in Hugging Face."""
     channel = torch.arange(0, head_dim, 2, device=device, dtype=torch.int64).float()
     frequency = 1.0 / theta ** (channel / head_dim)
     position = torch.arange(start, start + tokens, device=device, dtype=torch.int64).float()
@@ -155,6 +161,6 @@ def rope_tables(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, heads, T, D] with the channels (i, i + D/2) turned by position: FP32, each product rounded, then x's type."""
+    """x [B, heads, T, D], channels (i, i + D/2) turned by position: FP32, each product rounded, then x's type."""
     first, second = x.float().chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
