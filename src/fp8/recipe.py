@@ -111,8 +111,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         one_of(self.scale_rounding, SCALE_ROUNDING, "scale_rounding")
+        self._check_parts()
         rules = tuple((pattern, None if rule is None else Recipe.of(rule)) for pattern, rule in self.overrides)
         object.__setattr__(self, "overrides", rules)
+        if self.delayed and self.delayed.rule == "article" and self.power_of_two:
+            raise RecipeError(
+                "the article's scales are no powers of two: use scale_rounding='none' with rule='article'."
+            )
         for name in OPERANDS:
             if self.delayed and getattr(self, name).tile != Tile(0, 0):
                 tile = getattr(self, name).tile
@@ -123,6 +128,24 @@ class Recipe:
         if blocks:
             raise RecipeError(f"scales that change along K are promoted block by block: accumulate.{blocks[0]}='fast' "
                               "cannot be had; use 'promoted'.")  # fmt: skip
+
+    def _check_parts(self) -> None:
+        """Refuse what a newcomer may write in place of a part."""
+        kinds = [(name, Operand, "Operand('e5m2')") for name in OPERANDS]
+        kinds += [("accumulate", Accumulate, "Accumulate('promoted')"), ("delayed", Delayed | None, "Delayed()")]
+        for name, kind, example in kinds:
+            if not isinstance(value := getattr(self, name), kind):
+                raise RecipeError(f"a recipe's {name} is made like {example}; got {value!r}.")
+        pairs = isinstance(self.overrides, (tuple, list)) and all(
+            isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str) for pair in self.overrides
+        )
+        if not pairs:
+            raise RecipeError(f"overrides are pairs like (('*.mlp.down', 'rowwise'), ...); got {self.overrides!r}.")
+        defaults = (f.name == "name" or getattr(self, f.name) == f.default for f in dataclasses.fields(self))
+        if self.name in ("delayed", "delayed_article", "rowwise", "blockwise") and all(defaults):
+            raise RecipeError(
+                f"Recipe({self.name!r}) would only carry the name; the preset is Recipe.of({self.name!r})."
+            )
 
     @staticmethod
     def of(recipe: str | Recipe) -> Recipe:
@@ -173,7 +196,7 @@ class Recipe:
 
     @staticmethod
     def from_dict(plain: dict[str, Any]) -> Recipe:
-        """The recipe that `to_dict` wrote. A field that is missing keeps its default; one that is unknown is refused."""
+        """The recipe that `to_dict` wrote. A field that is missing keeps its default, an unknown one is refused."""
         if not isinstance(plain, dict):
             raise RecipeError(f"a recipe is read from a dictionary, not from {type(plain).__name__}.")
         changes = dict(plain)

@@ -36,13 +36,12 @@ class Tile:
         >>> Tile.of((1, 128)) == Tile.of("1x128") == Tile(1, 128)
         True
         """
-        if isinstance(tile, Tile):
-            return tile
-        pair = NAMES.get(tile) if isinstance(tile, str) else tuple(tile) if isinstance(tile, (tuple, list)) else None
+        pair = (tile.rows, tile.cols) if isinstance(tile, Tile) else tile
+        pair = NAMES.get(pair) if isinstance(pair, str) else tuple(pair) if isinstance(pair, (tuple, list)) else None
         if pair is None or pair not in NAMES.values():
             word = "x".join(map(str, pair)) if pair else tile
             raise TileError(f"no scale layout has the tile {tile!r}. {suggest(word, NAMES)}")
-        return Tile(*pair)
+        return tile if isinstance(tile, Tile) else Tile(*pair)
 
     def __str__(self) -> str:
         return next(name for name, pair in NAMES.items() if pair == (self.rows, self.cols))
