@@ -261,3 +261,9 @@ def test_too_many_codes_to_list() -> None:
     assert len(FORMATS["fp16"].codes()) == 65536
     with pytest.raises(FormatError, match="too many"):
         FORMATS["fp32"].codes()
+
+
+@pytest.mark.parametrize(("given", "name"), [("float8_e4m3fn", "e4m3"), ("E4M3FN", "e4m3"), ("bfloat16", "bf16")])
+def test_torchs_names_are_understood(given: str, name: str) -> None:
+    """The nearest of our names to "e4m3fn" would be MI300's e4m3_fnuz, half the value."""
+    assert format_of(given).name == name

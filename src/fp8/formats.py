@@ -290,10 +290,12 @@ _TORCH_NAMES = {
     "e8m0": "float8_e8m0fnu",
     "int8": "int8",
 }
+_ALIASES = {"e4m3fn": "e4m3"} | {torch_name: name for name, torch_name in _TORCH_NAMES.items()}
 
 
 def format_of(name: str | Format | torch.dtype) -> Format:
-    """The row of a name (in any case), of a torch type, or of a row itself; else `FormatError` with the nearest name.
+    """The row of a name (ours or torch's, in any case), of a torch type, or of a row itself; else `FormatError` with
+    the nearest name.
 
     >>> format_of("E4M3").max
     448.0
@@ -303,7 +305,7 @@ def format_of(name: str | Format | torch.dtype) -> Format:
     if isinstance(name, torch.dtype):
         found = next((row for row in _ROWS if row.dtype == name), None)
     else:
-        found = FORMATS.get(name.lower()) if isinstance(name, str) else None
+        found = FORMATS.get(_ALIASES.get(name.lower(), name.lower())) if isinstance(name, str) else None
     if found is None:
         raise FormatError(f"{name!r} is not a number format. {suggest(name, FORMATS)}")
     return found

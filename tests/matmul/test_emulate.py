@@ -75,6 +75,12 @@ def test_one_signed_sums_drift_towards_zero_unless_promoted():
     assert -0.09 < drift[False] < -0.05 and -0.001 < drift[True] < 0
 
 
+def test_a_subnormal_factor_raises_the_grid_that_others_are_cut_on():
+    """2^-9 * 2^8 = 2^-1 is aligned at -6 + 8 = 2, not at -1: the grid is 2^-11, and 2^-12 beside it is cut off."""
+    assert accumulate(codes([2.0**-9, 2.0**-6]), codes([256, 2.0**-6]), False).item() == 0.5
+    assert accumulate(codes([2.0**-6, 2.0**-6]), codes([32, 2.0**-6]), False).item() == 0.5 + 2.0**-12
+
+
 # ------------------------------------------------------------------------------- an independent oracle
 
 
@@ -156,6 +162,30 @@ def test_with_power_of_two_scales_no_order_of_folding_matters(tiles):
         emulate.accumulate_blocks(a, b, Fold(fused, order)) for fused in (True, False) for order in ("pair", "a", "b")
     )
     assert all(same(first, other) for other in others)
+
+
+def test_a_block_is_folded_in_by_one_rounding():
+    """Two blocks of one product each, under scales that are no powers of two: RN(p2 * RN(s t) + RN(p1 * RN(s t)))."""
+    torch.manual_seed(0)
+    x, y = torch.zeros(64, 256), torch.zeros(1, 256)
+    x[:, ::128], y[0, ::128] = torch.randn(64, 2), 1.0
+    a = Quantized(x.to(DTYPES[0]), torch.rand(64, 2), Tile.of("1x128"), E4M3)
+    b = Quantized(y.to(DTYPES[0]), torch.tensor([[0.3, 0.9]]), Tile.of("128x128"), E4M3)
+    found, twice = matmul(a, b, torch.float32, "hopper_promoted").flatten().tolist(), 0
+    for row, scales, result in zip(a.codes.float(), a.scale * b.scale, found, strict=True):
+        first, second = (Fraction(row[k].item()) * Fraction(scales[k // 128].item()) for k in (0, 128))
+        first = Fraction(nearest(first))
+        assert result == nearest(first + second)
+        twice += nearest(first + second) != nearest(first + Fraction(nearest(second)))
+    assert twice > 5  # where rounding the product as well would show
+
+
+def test_infinities_are_counted_exactly_inside_an_autocast():
+    """1025 terms of Inf and one of -Inf are NaN: in BF16 1024 and 1026 would be the same number."""
+    a, b = torch.full((1, 1026), torch.inf).to(DTYPES[1]), torch.ones(1, 1026)
+    b[0, -1] = -1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert accumulate(a, b.to(DTYPES[1]), True).isnan().all()
 
 
 def test_blocks_of_equal_scales_are_the_promoted_sum_scaled():

@@ -245,3 +245,18 @@ def test_a_mistake_is_named() -> None:
     for error, words, call in cases:
         with pytest.raises(error, match=words):
             call()
+
+
+def test_row_scales_multiply_one_after_the_other_the_second_operands_first() -> None:
+    """As cuBLASLt does: RN(RN(acc * scale_b) * scale_a), for scales that are no powers of two."""
+    torch.manual_seed(0)
+    a, b = (fp8.quantize(torch.randn(20, 40), tile="row", scale_rounding="none") for _ in range(2))
+    total = (a.codes.double() @ b.codes.double().t()).float()
+    assert torch.equal(fp8.matmul(a, b, torch.float32), total * b.scale.t() * a.scale)
+    assert not torch.equal(fp8.matmul(a, b, torch.float32), total * (a.scale * b.scale.t()))
+
+
+def test_a_bias_that_is_no_tensor_is_refused() -> None:
+    a, b = good()
+    with pytest.raises(TensorError, match=r"bias must be a tensor, not list"):
+        fp8.matmul(a, b, bias=[1.0, 2.0, 3.0])

@@ -4,6 +4,7 @@ against a slow definition in rational arithmetic, and in bulk against two indepe
 from __future__ import annotations
 
 import math
+import sys
 from fractions import Fraction
 
 import ml_dtypes
@@ -329,6 +330,23 @@ def test_a_given_scale_serves_both_orientations() -> None:
     assert straight.scale.item() == turned.scale.item() == 0.25
 
 
+def test_a_given_scale_may_be_any_number_for_every_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`power_of_two` tells a kernel that the reciprocal of the scale is exact (it makes it from the bits), so it must
+    not be told so of a scale that somebody gave: 0.3 has no exact reciprocal."""
+    told, room = [], sys.modules["fp8.quantize"]
+
+    def listening(right):  # type: ignore[no-untyped-def]
+        return lambda *args, **keywords: told.append(args[4]) or right(*args, **keywords)
+
+    for name in ("run_quantize", "run_quantize_both"):
+        monkeypatch.setattr(room, name, listening(getattr(room, name)))
+    x = torch.randn(4, 8)
+    for scale in (torch.full((1, 1), 0.3), None):
+        fp8.quantize(x, scale=scale)
+        fp8.quantize_both(x, scale=scale)
+    assert told == [False, False, True, True]
+
+
 def test_strides_do_not_matter() -> None:
     x = torch.randn(64, 130)
     for view in (x[::2, 1::3], x.t(), x[:, 5:100]):
@@ -365,6 +383,12 @@ def test_a_mistake_is_named_and_the_way_out_shown() -> None:
         (RecipeError, "Did you mean 'stochastic'", lambda: fp8.quantize(x, rounding="stochastics", seed=1)),
         (TensorError, "needs a seed", lambda: fp8.quantize(x, rounding="stochastic")),
         (ShapeError, r"\(4, 3\)", lambda: fp8.quantize(x, tile=(1, 128), scale=scale)),
+        (TensorError, "torch.as_tensor", lambda: fp8.quantize_both([[1.0]])),
+        (TensorError, "use x.to_dense", lambda: fp8.quantize(x.to_sparse())),
+        (TensorError, r"torch\.full\(\(1, 1\)", lambda: fp8.quantize(x, scale=0.5)),
+        (TensorError, "Got 1.5", lambda: fp8.quantize(x, rounding="stochastic", seed=1.5)),
+        (TensorError, "Got -1", lambda: fp8.quantize(x, rounding="stochastic", seed=-1)),
+        (TileError, "no scale layout", lambda: fp8.quantize(x, tile=Tile(3, 5))),
         (ShapeError, "float32 scale", lambda: fp8.quantize(x, scale=scale.double())),
         (ShapeError, "needs a matrix", lambda: fp8.quantize_both(x.view(2, 2, 300))),
         (ShapeError, "only with tile 'tensor'", lambda: fp8.quantize_both(x, tile="row", scale=torch.ones(4, 1))),

@@ -10,7 +10,7 @@ import torch
 
 import fp8
 from fp8.formats import format_of
-from fp8.quantize.reference import philox
+from fp8.quantize.reference import philox, stochastic
 from fp8.tile import Tile
 
 MASK = 0xFFFFFFFF
@@ -114,6 +114,14 @@ def test_what_needs_no_rounding_is_never_moved(name: str) -> None:
     assert bool((q.codes.view(torch.uint8) == torch.tensor(codes, dtype=torch.uint8)).all())
     above = fp8.quantize(torch.full((9, 9), row.max * 1.5), name, scale=torch.ones(1, 1), rounding="stochastic", seed=1)
     assert bool((above.dequantize() == row.max).all())
+
+
+def test_a_number_goes_up_where_the_word_is_below_its_fraction_and_not_where_it_is_equal() -> None:
+    """1.03125 is a quarter of the way from 1 to 1.125: up for the words below 2^30. A code is never moved: 0 < 0 is
+    false."""
+    words = torch.tensor([2**30 - 1, 2**30, 0, MASK])
+    v = torch.tensor([1.03125, 1.03125, 1.0, 1.0])
+    assert stochastic(v, words, format_of("e4m3")).float().tolist() == [1.125, 1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("tile", ["tensor", "row", "1x128", "128x128", "1x32"])

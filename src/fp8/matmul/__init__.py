@@ -154,6 +154,8 @@ def check(a: Quantized, b: Quantized, out_dtype: torch.dtype, accumulate: str, b
         )
     if a.codes.device != b.codes.device:
         raise TensorError(f"a is on {a.codes.device} and b on {b.codes.device}: move one.")
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TensorError(f"bias must be a tensor, not {type(bias).__name__}: use torch.tensor(bias).")
     if bias is not None and bias.shape != b.codes.shape[:1]:
         raise ShapeError(f"bias must have shape ({b.codes.shape[0]},), one number an output; got {tuple(bias.shape)}.")
 

@@ -81,7 +81,7 @@ class Fold:
 
     @staticmethod
     def of(a: Quantized, b: Quantized) -> Fold:
-        """Measured: fused always; a 1x128 scale on both sides multiplies a's first, a 128x128 one on either the pair."""
+        """Measured: always fused; 1x128 scales on both sides multiply a's first, a 128x128 one on either the pair."""
         return Fold(order="a" if a.tile.rows == b.tile.rows == 1 else "pair")
 
 
@@ -259,16 +259,16 @@ def _non_finite(codes_a: Tensor, codes_b: Tensor) -> Tensor:
 
     Counts the terms of each kind by products of small integers: exact, and never a multiplication by infinity.
     """
-    a, b = codes_a.float(), codes_b.float()
+    a, b = codes_a.double(), codes_b.double()  # which torch.autocast leaves alone
     if a.isfinite().all() and b.isfinite().all():
-        return a.new_zeros(())
+        return torch.zeros((), device=a.device)
     (infinite_a, finite_a), (infinite_b, finite_b) = _signs(a), _signs(b)
     net = infinite_a @ (finite_b + infinite_b).t() + finite_a @ infinite_b.t()
     count = infinite_a.abs() @ (finite_b + infinite_b).abs().t() + finite_a.abs() @ infinite_b.abs().t()
-    invalid = infinite_a.abs() @ (b == 0).float().t() + (a == 0).float() @ infinite_b.abs().t()
+    invalid = infinite_a.abs() @ (b == 0).double().t() + (a == 0).double() @ infinite_b.abs().t()
     invalid = (invalid > 0) | (net.abs() < count) | a.isnan().any(1)[:, None] | b.isnan().any(1)[None, :]
     infinite = torch.where(count > 0, net * torch.inf, 0.0).nan_to_num(0.0, torch.inf, -torch.inf)
-    return infinite.masked_fill(invalid, torch.nan)
+    return infinite.masked_fill(invalid, torch.nan).float()
 
 
 def _signs(x: Tensor) -> tuple[Tensor, Tensor]:

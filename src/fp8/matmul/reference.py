@@ -45,7 +45,8 @@ def matmul(a: Quantized, b: Quantized, out_dtype: torch.dtype, accumulate: str, 
 
 
 def scaled_sum(a: Quantized, b: Quantized, x: Tensor, y: Tensor, product: Product) -> Tensor:
-    """The scaled sum over K in FP32. x and y are the codes as `product` wants them, K last; it gives the FP32 sum of one block."""
+    """The scaled sum over K in FP32. x and y are the codes as `product` wants them, K last; it gives the FP32 sum of
+    one block."""
     if a.tile.constant_along_k and b.tile.constant_along_k:
         return apply_scales(product(x, y), a, b)
     total = torch.zeros(a.matrix.shape[0], b.matrix.shape[0], device=a.codes.device)

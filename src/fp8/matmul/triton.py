@@ -7,7 +7,7 @@ over K.
 The mathematics. Each turn of the loop multiplies BLOCK_K of K on the tensor cores, from zero, and adds the result to an
 FP32 accumulator held in registers, which is what `promoted` means. BLOCK_K is 128, or 32 where a tile is 1x32. Then
 
-    scales constant along K   acc = acc + p                        y = RN(acc * RN(scale_a * scale_b)); rows: b's, then a's
+    scales constant along K   acc = acc + p                        RN(acc * RN(scale_a * scale_b)); rows: b's, then a's
     scales along K            acc = fma(p, RN(scale_a * scale_b), acc)
     fast                      the tensor core's own accumulator runs over all of K (constant scales only)
 

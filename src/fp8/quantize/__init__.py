@@ -61,7 +61,7 @@ def quantize(
     matrix = as_input(x, row)
     seed = _seed(rounding, seed)
     one_of(scale_rounding, SCALE_ROUNDING, "scale_rounding")
-    power_of_two = scale_rounding == "power_of_two"
+    power_of_two = scale_rounding == "power_of_two" and scale is None  # a given scale may be any: divide by it
     if scale is not None:
         check_scale(scale, where, matrix)
     codes, used, _ = run_quantize(matrix, scale, row, where, power_of_two, seed, backend=backend)
@@ -85,16 +85,16 @@ def quantize_both(
     The second has codes `[cols, rows]`, row-major. A given `scale` needs the tile "tensor" here.
     """
     row, where = format_of(format), Tile.of(tile)
+    matrix = as_input(x, row)
     if x.dim() != 2:
         raise ShapeError(f"quantize_both needs a matrix; x has shape {tuple(x.shape)}. Use x.flatten(0, -2).")
-    matrix = as_input(x, row)
     seed = _seed(rounding, seed)
     one_of(scale_rounding, SCALE_ROUNDING, "scale_rounding")
     if scale is not None:
         if where != Tile(0, 0):
             raise ShapeError(f"a given scale serves both orientations only with tile 'tensor', not {str(where)!r}.")
         check_scale(scale, where, matrix)
-    power_of_two = scale_rounding == "power_of_two"
+    power_of_two = scale_rounding == "power_of_two" and scale is None
     codes, used, codes_t, scale_t, _ = run_quantize_both(matrix, scale, row, where, power_of_two, seed, backend=backend)
     return Quantized(codes, used, where, row), Quantized(codes_t, scale_t, where, row)
 
@@ -124,6 +124,8 @@ def as_input(x: Tensor, format: Format) -> Tensor:
         raise FormatError(f"{format.name} is a row of the table only; the formats that compute are e4m3 and e5m2.")
     if not isinstance(x, Tensor):
         raise TensorError(f"quantize needs a torch tensor, not {type(x).__name__}: use torch.as_tensor(x).")
+    if x.layout != torch.strided or x.is_nested:
+        raise TensorError(f"quantize needs a dense tensor, not one of layout {str(x.layout)[6:]}: use x.to_dense().")
     if x.dtype not in INPUTS:
         way = "cast it to float32 yourself, so that the rounding is yours" if x.dtype == torch.float64 else "convert it"
         raise TensorError(f"quantize needs float32, bfloat16 or float16, not {str(x.dtype)[6:]}: {way}.")
@@ -133,6 +135,10 @@ def as_input(x: Tensor, format: Format) -> Tensor:
 def check_scale(scale: Tensor, tile: Tile, matrix: Tensor) -> None:
     """A given scale must be FP32 and fit the tile. Its values are validated where it is stored, not here."""
     need = tile.scale_shape(*matrix.shape)
+    if not isinstance(scale, Tensor):
+        raise TensorError(
+            f"a given scale is a float32 tensor of shape {need}, not {scale!r}: use torch.full({need}, ...)."
+        )
     if scale.dtype != torch.float32 or tuple(scale.shape) != need or scale.device != matrix.device:
         raise ShapeError(
             f"tile {str(tile)!r} of a {matrix.shape[0]} x {matrix.shape[1]} matrix needs a float32 scale of shape "
@@ -144,24 +150,25 @@ def _seed(rounding: str, seed: int | None) -> int | None:
     one_of(rounding, ("nearest", "stochastic"), "rounding")
     if rounding == "nearest":
         return None
-    if seed is None:
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
         raise TensorError(
-            "rounding='stochastic' needs a seed (any whole number below 2^64): the same seed, the same codes."
+            "rounding='stochastic' needs a seed, any whole number from 0 to below 2^64: the same seed, the same codes. "
+            f"Got {seed!r}."
         )
-    return seed & 0xFFFFFFFFFFFFFFFF
+    return seed
 
 
 # --------------------------------------------------------------------------- the two operators
 
 
-def run_quantize(x, scale, format, tile, power_of_two, seed=None, stream=0, backend=None):  # type: ignore
+def run_quantize(x, scale, format, tile, power_of_two, seed=None, stream=0, backend=None):  # type: ignore[no-untyped-def]
     """`reference.quantize` by the best backend, or as one operator under `torch.compile`. x is a checked matrix."""
     if torch.compiler.is_compiling():
         return torch.ops.fp8.quantize(x, scale, format.name, str(tile), power_of_two, _signed(seed), stream)
     return choose("quantize", BACKENDS, x, backend).run(x, scale, format, tile, power_of_two, seed, stream)
 
 
-def run_quantize_both(x, scale, format, tile, power_of_two, seed=None, stream=0, backend=None):  # type: ignore
+def run_quantize_both(x, scale, format, tile, power_of_two, seed=None, stream=0, backend=None):  # type: ignore[no-untyped-def]
     """`reference.quantize_both`, likewise."""
     if torch.compiler.is_compiling():
         out = torch.ops.fp8.quantize_both(x, scale, format.name, str(tile), power_of_two, _signed(seed), stream)
