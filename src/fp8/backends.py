@@ -69,7 +69,7 @@ def choose(operation: str, backends: tuple[Backend, ...], request: Any, forced: 
 
 
 def _tell_of_an_older_gpu(operation: str, backend: Backend, device: torch.device) -> None:
-    """Warn, as often as Python's filters let it, that a GPU without FP8 tensor cores runs the definitions: right, slow."""
+    """Warn, once a place by default, that a GPU without FP8 tensor cores runs the definitions: right, and slow."""
     if device.type == "cuda" and backend.name == "reference" and (reason := why_not_hopper(device)) is not None:
         warnings.warn(f"{operation} runs the reference implementation: {reason}.", stacklevel=4)
 
@@ -100,7 +100,8 @@ def why_not_hopper(device: torch.device) -> str | None:
     if have < HOPPER:
         return (
             f"the GPU has compute capability {have[0]}.{have[1]}, and FP8 tensor cores need 9.0 (Hopper) or "
-            "newer. The bits are the same, only slow; fp8.autocast(enabled=False) or convert(only_if_faster=True) keep to BF16"
+            "newer. The bits are the same, only slow; fp8.autocast(enabled=False) and convert(only_if_faster=True) "
+            "keep to BF16"
         )
     return None
 

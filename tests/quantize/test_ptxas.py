@@ -1,7 +1,7 @@
 """The kernels that write both orientations, compiled for Hopper here, read no register that nothing wrote.
 
-A GPU run showed wrong transposed codes where the PTX was right; `tests/sass.py` tells why. This holds the repair without
-a GPU.
+A GPU run showed wrong transposed codes where the PTX was right; `tests/sass.py` tells why. This holds the repair
+without a GPU.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def _products(data: dict[str, Any]) -> list[str]:
         for mode in ("tensor fast", "tensor promoted", "row fast", "1x128 128x128"):
             high, low = (2e-9 * m * n * k / row[name] for name in ("bf16", mode))
             rows.append(
-                f"| product {m} x {n} x {k}, {mode} | {high:.0f} TFLOP/s | {low:.0f} TFLOP/s | {low / high:.2f} times | "
-                "`fp8 bench gemm` |"
+                f"| product {m} x {n} x {k}, {mode} | {high:.0f} TFLOP/s | {low:.0f} TFLOP/s "
+                f"| {low / high:.2f} times | `fp8 bench gemm` |"
             )
     return rows
 
