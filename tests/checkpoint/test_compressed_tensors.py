@@ -173,7 +173,7 @@ def test_a_mixed_model_keeps_its_high_layers(tmp_path):
 def test_recipes_by_layer_become_groups_by_name(tmp_path):
     torch.manual_seed(0)
     model = Decoder(ALIGNED)
-    fp8.nn.convert(model, Recipe("rowwise").replace(overrides=(("*.mlp.*", "blockwise"),)))
+    fp8.nn.convert(model, Recipe.of("rowwise").replace(overrides=(("*.mlp.*", "blockwise"),)))
     checkpoint.save(model, tmp_path / "out", dtype=None)
     loaded = checkpoint.load(tmp_path / "out")
     assert str(loaded.get_submodule("layers.0.mlp.up").tile) == "128x128"
