@@ -207,8 +207,8 @@ def test_a_state_born_on_the_meta_device_can_be_made_real() -> None:
 # --------------------------------------------------------------------------- the article's scaler
 
 
-def dynamic_scaler(amaxes: list[float], maximum: float) -> list[float]:
-    """The scale that the printed `DynamicScaler` uses at each call, in its own arithmetic."""
+def dynamic_scaler(amaxes: list[float], maximum: float) -> tuple[list[float], float]:
+    """The scale that the printed `DynamicScaler` uses at each call, in its own arithmetic, and the one it ends with."""
     scale, history, used = 65536.0, [65536.0] * 32, []
     for iteration, amax in enumerate(amaxes):
         if iteration % 4 == 0:
@@ -218,17 +218,23 @@ def dynamic_scaler(amaxes: list[float], maximum: float) -> list[float]:
         used.append(float(np.mean(history)))
         if amax * used[-1] > maximum:
             scale *= 0.99
-    return used
+    return used, scale
 
 
 @pytest.mark.parametrize("operand", [0, 1, 2])
 def test_the_article_rule_is_the_articles_scaler_with_its_maximum_corrected(operand: int) -> None:
-    held = state_for(Recipe.of("delayed_article"))
-    assert isinstance(held, ArticleState)
     amaxes = [float(v) for v in np.exp(np.random.default_rng(0).normal(0, 1, 150))]
-    expected = dynamic_scaler(amaxes, held.formats[operand].max)
-    got = [1.0 / held.before(operand, torch.tensor([[a]]), True).item() for a in amaxes]
-    assert np.allclose(got, expected, rtol=1e-5)
+    for seen in (
+        amaxes,
+        amaxes[:4],
+        [0.0],
+        [1e-9, 1e9],
+    ):  # the second ends with a back-off; EPSILON shows in the others
+        held = ArticleState(Recipe.of("delayed_article"))
+        expected, last = dynamic_scaler(seen, held.formats[operand].max)
+        got = [1.0 / held.before(operand, torch.tensor([[a]]), True).item() for a in seen]
+        assert np.allclose(got, expected, rtol=1e-5)
+        assert np.isclose(held.scale[operand].item(), last, rtol=1e-5)
 
 
 def test_the_article_rule_saturates_for_124_steps_and_the_amax_rule_never() -> None:

@@ -97,6 +97,11 @@ class DelayedState(ScaleState):
         if not self.warm[operand]:  # stands until the first update, and after it if that step is discarded
             overwrite(self.scale, scale.reshape(()), operand)
 
+    @property
+    def starting(self) -> bool:
+        """Whether this step has seen an operand for the first time."""
+        return any(seen and not warm for seen, warm in zip(self.seen, self.warm, strict=True))
+
     def expect(self, *operands: int) -> None:
         """Mark operands that this step quantizes, where Python is not there to see it: in a compiled graph."""
         for operand in operands:
@@ -160,14 +165,15 @@ def state_for(recipe: Recipe) -> ScaleState | None:
 
 @torch.no_grad()
 def update(states: Iterable[ScaleState], found_inf: Tensor | bool | None = None) -> None:
-    """The one update a step. `found_inf` (a tensor, read on the device only, or a bool): this step did not count."""
+    """The one update a step. `found_inf` (a bool, or a tensor, which is read on the device only once all
+    have a scale): this step did not count."""
+    states = [state for state in states if isinstance(state, DelayedState)]
+    if isinstance(found_inf, Tensor) and any(state.starting for state in states):
+        found_inf = bool(found_inf)  # read once: a first scale that comes from a discarded step is none
     groups: dict[Any, list[DelayedState]] = {}
     for state in states:
-        if isinstance(state, DelayedState):
-            due = (state.steps + 1) % state.delayed.update_every == 0
-            groups.setdefault((state.delayed, state.formats, state.power_of_two, state.scale.device, due), []).append(
-                state
-            )
+        due = (state.steps + 1) % state.delayed.update_every == 0
+        groups.setdefault((state.delayed, state.formats, state.power_of_two, state.scale.device, due), []).append(state)
     for (*_, due), members in groups.items():
         _update_group(members, found_inf, due)
         for state in members:

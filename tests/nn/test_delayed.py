@@ -204,6 +204,19 @@ def test_a_step_that_the_grad_scaler_skips_is_discarded_and_the_loss_scale_follo
     assert state.scale[GRAD].item() == 2.0**-6
 
 
+def test_a_first_step_that_is_skipped_leaves_the_same_state_with_a_fused_optimizer_and_without() -> None:
+    """The usual start under loss scaling: every gradient is infinite, which says nothing about their size. The next one
+    must measure itself, or a gradient of 1e-6 under a scale of 1 is flushed to zero."""
+    states = []
+    for fused in (False, True):
+        held, scaler = layer(update_every=4), torch.amp.GradScaler("cpu", init_scale=1024.0)
+        train(held, scaler, [float("inf"), 1e-9, 1e-9], fused)
+        assert held.weight.grad.abs().max() > 0
+        states.append(held.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert states[0]["fp8.delayed._extra_state"].tolist() == [2, 2, 2, 3]
+
+
 def test_a_growing_loss_scale_is_followed_before_it_can_saturate() -> None:
     """Growth after every good step: gradients of 1, 2, 4, 8 under scales that fit each exactly, none clipped."""
     held, scaler = layer(), torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=1)

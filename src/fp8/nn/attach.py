@@ -70,6 +70,7 @@ class Attached:
         history."""
         if not self.stepped:
             update_scales(self.model, True)
+            refresh(self.model)  # which notes the amax of the weights again, as after a step
         self.stepped = False
         before = self.scaler.get_scale()
         self._update(new_scale)
