@@ -191,3 +191,27 @@ def test_a_trace_tells_which_layers_ran() -> None:
     }
     assert "spare" in str(traced)
     assert "NOT RUN" in str(traced)
+
+
+def test_is_causal_alone_is_the_causal_mask() -> None:
+    """torch asks for the mask beside it; here it is made."""
+    torch.manual_seed(0)
+    ours, x = fp8.MultiheadAttention(8, 2, batch_first=True, recipe="rowwise"), torch.randn(2, 5, 8)
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    for need_weights in (False, True):
+        alone = ours(x, x, x, is_causal=True, need_weights=need_weights)[0]
+        assert torch.equal(alone, ours(x, x, x, attn_mask=hidden, need_weights=need_weights)[0])
+
+
+def test_the_weights_returned_in_training_are_those_after_dropout() -> None:
+    """As torch's: the same elements are zero for the same seed."""
+    torch.manual_seed(0)
+    theirs, x = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True), torch.randn(2, 5, 8)
+    ours = fp8.MultiheadAttention(8, 2, dropout=0.5, batch_first=True, recipe="tensorwise")
+    ours.load_state_dict(theirs.state_dict())
+    zeros = []
+    for module in (ours, theirs):
+        torch.manual_seed(1)
+        zeros.append(module(x, x, x, average_attn_weights=False)[1] == 0)
+    assert zeros[0].any()
+    assert torch.equal(*zeros)

@@ -116,6 +116,15 @@ def test_a_pattern_that_matches_nothing_is_refused() -> None:
     assert type(untouched.conv) is nn.Conv2d
 
 
+def test_a_shared_module_goes_by_all_its_names() -> None:
+    def build() -> nn.ModuleDict:
+        shared, last = nn.Linear(4, 4), nn.Linear(4, 4)
+        return nn.ModuleDict({"a": shared, "b": shared, "c": last, "lm_head": last})
+
+    assert fp8.convert(build()).converted == ["a"]
+    assert fp8.convert(build(), skip=["b"], head=True).converted == ["c"]
+
+
 def test_overrides_choose_by_name() -> None:
     converted = model()
     recipe = Recipe(overrides=(("block.0", "rowwise"), ("block.*", None), ("attend", "blockwise")))

@@ -134,3 +134,25 @@ def test_conv1d_of_hugging_face_is_a_linear_layer_with_its_weight_on_its_side() 
 
 def plain_result(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x @ weight + bias
+
+
+@pytest.mark.usefixtures("_table")
+def test_a_converted_conv1d_can_be_copied_and_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its class is made while running, so pickle has to be told how to make it again."""
+    import io
+    import sys
+    import types
+
+    kind, plain = conv1d()
+    if kind.__module__ not in sys.modules:
+        for name in ("transformers", kind.__module__):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        monkeypatch.setattr(sys.modules[kind.__module__], "Conv1D", kind, raising=False)
+    holder, x = nn.ModuleDict({"c_attn": plain}), torch.randn(2, 8)
+    fp8.convert(holder, "rowwise")
+    buffer = io.BytesIO()
+    torch.save(holder, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(holder), torch.load(buffer, weights_only=False)):
+        assert torch.equal(other["c_attn"](x), holder["c_attn"](x))
+        assert type(fp8.revert(other)["c_attn"]) is kind

@@ -270,13 +270,14 @@ def test_padding_and_neighbours_do_not_enter_a_tile() -> None:
 
 
 def test_a_stale_scale_clips_and_says_so() -> None:
-    """Scale 1: 1000 is clipped to 448, 2^-11 is flushed; 1e38 overflows FP32 under a scale of 2^-20: clipped too."""
-    x = torch.tensor([[1000.0, 2.0**-11, 1.0, NAN]])
+    """Scale 1: 1000 is clipped to 448, 2^-11 is flushed, one of eight each; 448 is not clipped, and what was zero
+    not flushed. 1e38 overflows FP32 under a scale of 2^-20: clipped too."""
+    x = torch.tensor([[1000.0, 2.0**-11, 1.0, NAN, 448.0, -448.0, 0.0, -0.0]])
     q = fp8.quantize(x, scale=torch.ones(1, 1), statistics=True)
     assert q.dequantize()[0, :3].tolist() == [448.0, 0.0, 1.0]
     assert q.statistics is not None
     told = (q.statistics.amax, q.statistics.saturated, q.statistics.flushed, q.statistics.non_finite)
-    assert [float(v) for v in told] == [1000.0, 0.25, 0.25, 1.0]
+    assert [float(v) for v in told] == [1000.0, 0.125, 0.125, 1.0]
     assert bytes_of(fp8.quantize(torch.tensor([[1e38]]), scale=torch.full((1, 1), 2.0**-20))).item() == 0x7E
 
 

@@ -68,8 +68,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         weights = None
         if need_weights:
             scores = q @ k.transpose(-1, -2) / self.head_dim**0.5 + (0.0 if mask is None else mask)
-            weights = scores.float().softmax(-1).to(v.dtype)
-            y = F.dropout(weights, dropout) @ v
+            weights = F.dropout(scores.float().softmax(-1).to(v.dtype), dropout)  # returned as used, as torch does
+            y = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout)

@@ -164,7 +164,11 @@ def _transposed_linear(kind: type[nn.Module]) -> Converter | None:
     def fp8_weights(self: Any) -> Iterable[Any]:
         yield self.fp8, self.weight.t()
 
-    subclass = type("Conv1D", (kind,), {"forward": forward, "fp8_weights": fp8_weights})
+    def reduce(self: Any) -> Any:
+        return _empty, (kind,), self.__dict__
+
+    methods = {"forward": forward, "fp8_weights": fp8_weights, "__reduce__": reduce}
+    subclass = type("Conv1D", (kind,), methods)
 
     def convert_one(module: nn.Module, recipe: Recipe, name: str) -> None:
         module.__class__ = subclass
@@ -172,6 +176,14 @@ def _transposed_linear(kind: type[nn.Module]) -> Converter | None:
 
     CONVERTERS[kind], CONVERTERS[subclass], ORIGINALS[subclass] = convert_one, _own, kind
     return convert_one
+
+
+def _empty(kind: type[nn.Module]) -> nn.Module:
+    """A converted Conv1D before its state is read: pickle knows no class that was made while running."""
+    if kind not in CONVERTERS:
+        _transposed_linear(kind)
+    subclass = next(new for new, old in ORIGINALS.items() if old is kind)
+    return subclass.__new__(subclass)
 
 
 # --------------------------------------------------------------------------- convert and revert
@@ -204,12 +216,15 @@ def convert(
     patterns = [skip] if isinstance(skip, str) else list(skip or ())
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise ConvertError(f"skip takes names or patterns of names, as in '*.attention.out'; got {skip!r}.")
-    unused = [p for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name, _ in model.named_modules())]
+    names: dict[nn.Module, list[str]] = {}  # a shared module has several
+    for name, m in model.named_modules(remove_duplicate=False):
+        names.setdefault(m, []).append(name)
+    unused = [p for p in patterns if not any(fnmatch.fnmatchcase(n, p) for each in names.values() for n in each)]
     if unused:
         raise ConvertError(f"skip={unused[0]!r} matches no module; the first are {_first_names(model)}.")
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     plan = [
-        (name, m, *_decide(name, m, base, patterns, embeddings, head, only_if_faster, tokens))
+        (name, m, *_decide(names[m], m, base, patterns, embeddings, head, only_if_faster, tokens))
         for name, m in _holders(model)
     ]
     for name, module, chosen, _ in plan:
@@ -255,7 +270,7 @@ def _holders(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _decide(
-    name: str,
+    names: list[str],
     module: nn.Module,
     base: Recipe,
     skip: list[str],
@@ -264,8 +279,8 @@ def _decide(
     only_if_faster: bool,
     tokens: int,
 ) -> tuple[Recipe | None, str]:
-    """The recipe of one module, or None, and the reason."""
-    pattern = next((p for p in skip if fnmatch.fnmatchcase(name, p)), None)
+    """The recipe of one module, or None, and the reason. Its first name chooses the recipe; any may be skipped."""
+    pattern = next((p for p in skip if any(fnmatch.fnmatchcase(name, p) for name in names)), None)
     if pattern is not None:
         return None, f"skipped by request ({pattern!r})"
     kind = type(module)
@@ -277,11 +292,13 @@ def _decide(
         return None, "normalization stays in high precision"
     if kind not in CONVERTERS and _transposed_linear(kind) is None:
         return None, f"no converter is registered for {kind.__name__} (fp8.register adds one)"
-    if not head and (name.rpartition(".")[2] in HEADS or getattr(module, "weight", None) in embeddings):
+    if not head and (
+        any(name.rpartition(".")[2] in HEADS for name in names) or getattr(module, "weight", None) in embeddings
+    ):
         return None, "output head (head=True converts it)"
     if (reason := _cannot(module)) is not None:
         return None, reason
-    chosen = base.for_layer(name)
+    chosen = base.for_layer(names[0])
     if chosen is None:
         return None, "kept by the recipe's overrides"
     if only_if_faster:
