@@ -100,7 +100,7 @@ def why_not_hopper(device: torch.device) -> str | None:
     if have < HOPPER:
         return (
             f"the GPU has compute capability {have[0]}.{have[1]}, and FP8 tensor cores need 9.0 (Hopper) or "
-            "newer. The bits are the same, only slow; fp8.autocast(enabled=False) and convert(only_if_faster=True) "
+            "newer. The sums are exact, and slow; fp8.autocast(enabled=False) and convert(only_if_faster=True) "
             "keep to BF16"
         )
     return None

@@ -11,8 +11,9 @@ import torch
 import fp8.nn
 from fp8 import checkpoint
 from fp8.checkpoint import export, tensorfile
-from fp8.errors import CheckpointError
+from fp8.errors import CheckpointError, ConvertError
 from fp8.models import Decoder, DecoderConfig
+from fp8.nn.frozen_linear import FrozenLinear
 from fp8.recipe import Operand, Recipe
 
 CONFIG = DecoderConfig(31, 32, 48, 1, 2, 1)
@@ -239,3 +240,12 @@ def test_a_tied_head_in_fp8_is_refused(tmp_path):
     tied.head.__class__ = fp8.nn.Linear
     with pytest.raises(CheckpointError, match="shares its weight with the embedding"):
         checkpoint.save(tied, tmp_path / "other")
+
+
+def test_a_gradient_through_loaded_codes_is_refused_not_dropped() -> None:
+    """transformers drops it silently: the layers above train, those below never move."""
+    layer = FrozenLinear(fp8.quantize(torch.eye(4), tile="row"), fp8.Recipe.of("rowwise"))
+    y = layer(torch.ones(2, 4, requires_grad=True))
+    assert torch.equal(y, torch.ones(2, 4))
+    with pytest.raises(ConvertError, match="has no gradient"):
+        y.sum().backward()

@@ -64,7 +64,8 @@ class autocast(_Surrounding):
 
     A layer that got a recipe when it was built or converted keeps it; `recipe` (a preset's name or a `Recipe`;
     "tensorwise" by default) is for the layers that have none, which are in high precision outside of an autocast.
-    Backward follows the forward that it belongs to, wherever it runs.
+    Backward follows the forward that it belongs to, wherever it runs. One context at a time: it is a global, so two
+    threads must not hold one each.
     """
 
     def __init__(self, enabled: bool = True, recipe: str | Recipe | None = None) -> None:

@@ -13,13 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TensorError
+from ..errors import ConvertError, TensorError
 from ..formats import format_of
 from ..matmul import run_matmul
 from ..quantize import INPUTS, Quantized, run_quantize
 from ..recipe import Recipe
 from ..tile import Tile
 from .autocast import active, recipe_in_use
+
+
+class _Served(torch.autograd.Function):
+    """y, with a backward that refuses: a gradient that silently ended here would look like training."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise ConvertError(
+            f"{ctx.name or 'this layer'} holds FP8 codes that were loaded to be served, and has no gradient. Train from "
+            "the master weights of a training checkpoint (fp8 train --resume), or evaluate under torch.no_grad()."
+        )
 
 
 class FrozenLinear(nn.Module):
@@ -65,6 +81,8 @@ class FrozenLinear(nn.Module):
         if (products := active().products) is not None:
             products.counts[self.name, "forward"] += 1
         y = self._product(x.reshape(-1, self.in_features).detach().contiguous())
+        if torch.is_grad_enabled() and x.requires_grad:
+            y = _Served.apply(x, y, self.name)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
