@@ -33,7 +33,7 @@ class _Served(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         raise ConvertError(
-            f"{ctx.name or 'this layer'} holds FP8 codes that were loaded to be served, and has no gradient. Train from "
+            f"{ctx.name or 'this layer'} holds FP8 codes that were loaded to serve, and has no gradient. Train from "
             "the master weights of a training checkpoint (fp8 train --resume), or evaluate under torch.no_grad()."
         )
 
