@@ -63,10 +63,10 @@ def legend(axes: Any, **options: Any) -> None:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK, **options)
 
 
-def smooth(losses: Sequence[float]) -> tuple[list[int], list[float]]:
+def smooth(losses: Sequence[float], window: int = WINDOW) -> tuple[list[int], list[float]]:
     """The mean of the last steps, at each step that has enough of them."""
-    at = range(min(WINDOW, len(losses)), len(losses) + 1)
-    return list(at), [sum(losses[max(n - WINDOW, 0) : n]) / min(n, WINDOW) for n in at]
+    at = range(min(window, len(losses)), len(losses) + 1)
+    return list(at), [sum(losses[max(n - window, 0) : n]) / min(n, window) for n in at]
 
 
 # --------------------------------------------------------------------------- the pictures
@@ -76,7 +76,8 @@ def loss_curves(arms: list[Arm], names: list[str]) -> str:
     """Training losses, smoothed over ten steps, and the evaluations as dots."""
     figure, axes = panel(xlabel="step", ylabel="nats a token", title="Loss")
     for arm, name, colour in zip(arms, names, (HIGH, *SERIES), strict=False):
-        axes.plot(*smooth(arm["losses"]), color=colour, linewidth=1.6, label=f"{name}, training")
+        width, alpha = (4.0, 0.45) if arm is arms[0] else (1.2, 1.0)  # the curves lie on each other
+        axes.plot(*smooth(arm["losses"]), color=colour, linewidth=width, alpha=alpha, label=f"{name}, training")
         dots = [(e["step"], e["loss"]) for e in arm["evaluations"]]
         axes.plot(*zip(*dots, strict=True), "o", color=colour, markersize=5, label=f"{name}, validation")
     legend(axes)
@@ -86,18 +87,19 @@ def loss_curves(arms: list[Arm], names: list[str]) -> str:
 def loss_differences(arms: list[Arm], names: list[str]) -> str:
     """Each FP8 arm's smoothed training loss against that of high precision, in percent, step by step."""
     figure, axes = panel(xlabel="step", ylabel=f"percent of {names[0]}", title=f"Loss against {names[0]}, same data")
-    at, high = smooth(arms[0]["losses"])
+    window = max(WINDOW, len(arms[0]["losses"]) // 20)
+    at, high = smooth(arms[0]["losses"], window)
     axes.axhspan(-0.5, 0.5, color=FAINT, alpha=0.18, linewidth=0)
     axes.axhline(0, color=HIGH, linewidth=1)
     for arm, name, colour in zip(arms[1:], names[1:], SERIES, strict=False):
-        off = [100 * (low / one - 1) for low, one in zip(smooth(arm["losses"])[1], high, strict=True)]
+        off = [100 * (low / one - 1) for low, one in zip(smooth(arm["losses"], window)[1], high, strict=True)]
         axes.plot(at, off, color=colour, linewidth=1.6, label=name)
     legend(axes)
     return svg(figure, "difference")
 
 
 def scale_histories(arm: Arm, role: str) -> str:
-    """The scale of each layer's operand over the run: a colour a part, layers further down fainter."""
+    """The scale of each layer's operand over the run: a colour for each of `PARTS`, deeper layers fainter."""
     figure, axes = panel(xlabel="step", title=f"Scale of {ROLES[role]}")
     steps = [probe["step"] for probe in arm["probes"]]
     layers = list(arm["probes"][-1]["layers"]) if arm["probes"] else []
@@ -105,11 +107,9 @@ def scale_histories(arm: Arm, role: str) -> str:
         part = layer.split(".", 2)[-1]
         colour, depth = SERIES[PARTS.index(part) if part in PARTS else 0], layers.index(layer) / len(layers)
         values = [probe["layers"][layer][role]["scale"] for probe in arm["probes"]]
-        label = part if layer.startswith("layers.0.") else None
-        axes.step(steps, values, where="post", color=colour, alpha=1 - 0.7 * depth, linewidth=1.2, label=label)
+        axes.step(steps, values, where="post", color=colour, alpha=1 - 0.7 * depth, linewidth=1.2)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(lambda value, _: power(value))
-    legend(axes, ncols=2) if role == "x" else None
     return svg(figure, f"scale-{arm['name']}-{role}")
 
 
@@ -133,9 +133,9 @@ def by_value(counts: Sequence[int], row: Format) -> list[int]:
 
 
 def ticks(row: Format) -> list[tuple[int, float]]:
-    """Codes to mark, with their values: some powers of two, and the largest."""
-    powers = (2.0**-4, 1.0, 16.0) if row.name == "e4m3" else (2.0**-8, 1.0, 2.0**8)
-    return [(row.encode(value), value) for value in (*powers, row.max)]
+    """Codes to mark, with their values: some powers of two, and in E4M3 the largest."""
+    values = (2.0**-4, 1.0, 16.0, row.max) if row.name == "e4m3" else (2.0**-8, 1.0, 2.0**8, 2.0**15)
+    return [(row.encode(value), value) for value in values]
 
 
 def share_history(arm: Arm, what: str) -> str:
