@@ -21,7 +21,19 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 # The order in which numbers pass through the house. A room imports only from rooms before it.
 ROOMS: tuple[str, ...] = (
-    *("errors", "formats", "formats_table", "tile", "recipe", "backends", "quantize", "matmul", "scaling", "fused"),
+    *(
+        "errors",
+        "formats",
+        "formats_table",
+        "tile",
+        "recipe",
+        "backends",
+        "nvrtc",
+        "quantize",
+        "matmul",
+        "scaling",
+        "fused",
+    ),
     *("attention", "distributed", "nn", "models", "checkpoint", "train", "calibrate", "evaluate", "advise", "serve"),
     *("report", "playground", "bench", "demo", "cli", "__main__"),
 )

@@ -111,3 +111,10 @@ def why_not_triton(device: torch.device) -> str | None:
     if (reason := why_not_hopper(device)) is not None:
         return reason
     return None if has_triton() else "Triton is not installed (it comes with torch's CUDA builds: pip install triton)"
+
+
+def why_not_cuda(device: torch.device) -> str | None:
+    """Why our CUDA C++ kernels cannot run on this device; None when they can."""
+    if (reason := why_not_hopper(device)) is not None:
+        return reason
+    return function("fp8.nvrtc", "why_not")()

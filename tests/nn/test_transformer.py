@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import fp8
 from fp8.errors import ConfigError, Fp8Error, ShapeError
-from fp8.nn.transformer import rope_tables, rotate
+from fp8.fused import Heads
+from fp8.fused.rope.reference import rotate
 
 SETTINGS = {
     "as the articles call it": {},
@@ -122,11 +123,11 @@ def test_rope_turns_pairs_by_position_in_fp32() -> None:
     """Position 0 is left alone; position p turns channel pair i by p * theta^(-2i/D); lengths are kept; from a later
     start the tables go on."""
     x = torch.randn(1, 1, 6, D)
-    cos, sin = rope_tables(6, D, 1e4, x.device)
+    cos, sin = Heads(1, 1, D, 1e4).tables(6, x.device)
     y = rotate(x, cos, sin)
     assert torch.equal(y[:, :, 0], x[:, :, 0])
     assert torch.allclose(y.double(), turned(x[0].double(), 1e4)[None], atol=1e-6)
-    late = rope_tables(2, D, 1e4, x.device, start=4)
+    late = Heads(1, 1, D, 1e4, 4).tables(2, x.device)
     assert torch.equal(late[0], cos[4:])
     assert torch.equal(late[1], sin[4:])
     assert rotate(x.bfloat16(), cos, sin).dtype == torch.bfloat16

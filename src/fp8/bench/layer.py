@@ -47,8 +47,12 @@ def stack(layers: int) -> nn.Module:
 def arms(layers: int) -> dict[str, Callable[[], tuple[nn.Module, Callable[[Tensor], Tensor]]]]:
     """What is measured: name -> builder of (module, callable)."""
 
-    def ours(recipe: str | None, compiled: bool) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    def ours(recipe: str | None, compiled: bool, fused: bool = True) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
         model = stack(layers)
+        if not fused:
+            for layer in model.children():
+                assert isinstance(layer, fp8.TransformerLayer)
+                layer.why_not_fused = lambda x: "this arm measures it module by module"  # type: ignore[method-assign]
         if recipe is not None:
             fp8.convert(model, recipe)
         return model, torch.compile(model) if compiled else model
@@ -60,12 +64,14 @@ def arms(layers: int) -> dict[str, Callable[[], tuple[nn.Module, Callable[[Tenso
         convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(recipe))
         return model, torch.compile(model)
 
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"bf16 torch compiled": lambda: ours(None, True, fused=False)}
     for compiled in (True, False):
         mode = "compiled" if compiled else "eager"
-        found[f"bf16 {mode}"] = lambda c=compiled: ours(None, c)
+        found[f"bf16 fused {mode}"] = lambda c=compiled: ours(None, c)
         for recipe in RECIPES:
             found[f"fp8 {recipe} {mode}"] = lambda r=recipe, c=compiled: ours(r, c)
+    for recipe in RECIPES:
+        found[f"fp8 {recipe} modules compiled"] = lambda r=recipe: ours(r, True, fused=False)
     for recipe in TORCHAO:
         found[f"torchao {recipe} compiled"] = lambda r=recipe: torchao(r)
     return found

@@ -18,9 +18,14 @@ from torch.nn import functional as F
 
 from ..attention import attention
 from ..errors import ConfigError, ShapeError, suggest
+from ..fused import Heads
+from ..fused.rope.reference import rotate
+from ..quantize.record import as_matrix
 from ..recipe import Recipe
+from .fused import Activation, Norm, NormMlp, NormQkvRope, Rope, values_type, why_not, why_not_recipes
 from .linear import Linear
 
+FUNCTIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swiglu": "silu", "geglu": "gelu"}
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swiglu": F.silu, "geglu": F.gelu}
 GATED = ("swiglu", "geglu")
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
@@ -78,8 +83,39 @@ class TransformerLayer(nn.Module):
                          added to the scores
         cache            a layer's KV cache: x continues what it holds, and is appended to it
         """
+        if cache is None and self.why_not_fused(x) is None:
+            return self._fused(x, attention_mask)
         x = x + self.attention(self.attention_norm(x), attention_mask, cache)
         return x + self.mlp(self.mlp_norm(x))
+
+    def why_not_fused(self, x: Tensor) -> str | None:
+        """Why this block runs module by module on x [B, T, hidden_size]; None: in the few kernels of `nn/fused.py`, to
+        the same codes."""
+        attention, mlp = self.attention, self.mlp
+        linears = (attention.qkv, attention.out, mlp.up, mlp.down)
+        reason = why_not(x, (self.attention_norm, self.mlp_norm), linears, attention.head_dim)
+        return reason or why_not_recipes(self._recipes(linears), mlp.down.in_features, attention.head_dim)
+
+    def _recipes(self, linears: tuple[nn.Linear, ...]) -> list[Recipe | None]:
+        return [linear.fp8.recipe_now() if isinstance(linear, Linear) else None for linear in linears]
+
+    def _fused(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        batch, tokens, width = self.attention.check(x)
+        attention_, mlp = self.attention, self.mlp
+        linears = (attention_.qkv, attention_.out, mlp.up, mlp.down)
+        dtype, matrix, heads = values_type(x), as_matrix(x).contiguous(), attention_.heads_of()
+        norm, recipes = self.attention_norm, self._recipes(linears)
+        if recipes[0] is None:
+            h, y = Norm.apply(matrix, None, norm.weight, norm.eps, dtype)
+            q, k, v = Rope.apply(attention_.qkv(y), tokens, heads)
+        else:
+            run = attention_.qkv.fp8.run(recipes[0], attention_.qkv.weight, matrix.requires_grad)
+            h, q, k, v = NormQkvRope.apply(
+                matrix, norm.weight, attention_.qkv.weight, run, norm.eps, heads, tokens, dtype
+            )
+        y = attention(q, k, v, mask=mask, causal=attention_.causal)
+        branch = attention_.out(y.transpose(1, 2).reshape(batch * tokens, width))
+        return mlp.fused(h, branch, self.mlp_norm, dtype, recipes[2:]).view(x.shape)
 
 
 class SelfAttention(nn.Module):
@@ -108,15 +144,21 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(hidden_size, (heads + 2 * kv_heads) * self.head_dim, bias, recipe)
         self.out = Linear(hidden_size, hidden_size, bias, recipe)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+    def check(self, x: Tensor) -> torch.Size:
         if x.dim() != 3:
             raise ShapeError(f"a TransformerLayer takes [batch, tokens, hidden], not {tuple(x.shape)}.")
-        batch, tokens, _ = x.shape
+        return x.shape
+
+    def heads_of(self, start: int = 0) -> Heads:
+        """How the joined product is divided, from position `start` on."""
+        return Heads(self.heads, self.kv_heads, self.head_dim, self.rope_theta, start)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+        batch, tokens, _ = self.check(x)
         heads = self.qkv(x).view(batch, tokens, self.heads + 2 * self.kv_heads, self.head_dim).transpose(1, 2)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
         if self.rope_theta is not None:
-            start = 0 if cache is None else cache.length
-            cos, sin = rope_tables(tokens, self.head_dim, self.rope_theta, x.device, start)
+            cos, sin = self.heads_of(0 if cache is None else cache.length).tables(tokens, x.device)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is None:
             y = attention(q, k, v, mask=mask, causal=self.causal)
@@ -148,19 +190,14 @@ class MLP(nn.Module):
             return self.down(function(gate) * up)
         return self.down(function(h))
 
-
-def rope_tables(
-    tokens: int, head_dim: int, theta: float, device: torch.device, start: int = 0
-) -> tuple[Tensor, Tensor]:
-    """cos and sin [tokens, head_dim / 2] in FP32 for positions from `start`; angles in FP32, as in Hugging Face."""
-    channel = torch.arange(0, head_dim, 2, device=device, dtype=torch.int64).float()
-    frequency = 1.0 / theta ** (channel / head_dim)
-    position = torch.arange(start, start + tokens, device=device, dtype=torch.int64).float()
-    angle = torch.outer(position, frequency)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, heads, T, D], channels (i, i + D/2) turned by position: FP32, each product rounded, then x's type."""
-    first, second = x.float().chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    def fused(
+        self, h: Tensor, branch: Tensor, norm: nn.Module, dtype: torch.dtype, recipes: list[Recipe | None]
+    ) -> Tensor:
+        """`h2 + mlp(norm(h2))` with h2 = h + branch, all [T, hidden_size], in few kernels."""
+        function, gated = FUNCTIONS[self.activation], self.activation in GATED
+        if recipes[0] is None or recipes[1] is None:
+            h, y = Norm.apply(h, branch, norm.weight, norm.eps, dtype)
+            return h + self.down(Activation.apply(self.up(y), function, gated))
+        up, down = self.up.weight, self.down.weight
+        runs = (self.up.fp8.run(recipes[0], up, True), self.down.fp8.run(recipes[1], down, True))
+        return NormMlp.apply(h, branch, norm.weight, up, down, *runs, norm.eps, function, gated, dtype)

@@ -1,0 +1,126 @@
+"""CUDA C++ at run time: NVRTC, which comes with torch, compiles a source of this package for the GPU that is there.
+
+For the few kernels that Triton cannot make fast. A kernel is compiled when it is first needed (a second or so), once
+for each set of constants, and kept for the life of the process; nothing is written to disk, no toolkit is needed, and
+the sources include no headers. Compilation never fuses a multiply and an add, so that our kernels round as written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from .errors import BackendError
+
+Constants = tuple[tuple[str, int], ...]
+PACKAGE = Path(__file__).parent
+
+
+def libraries() -> list[str]:
+    """Where NVRTC may be, best first: beside torch's other libraries, then where the system looks."""
+    found: list[str] = []
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        found += sorted(map(str, Path(folder).glob("*/lib/libnvrtc.so.[0-9]*")), reverse=True)
+    major = (torch.version.cuda or "13").partition(".")[0]
+    return [*found, f"libnvrtc.so.{major}", "libnvrtc.so"]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """NVRTC, or None where it is not installed."""
+    for name in libraries():
+        try:
+            for builtins in Path(name).parent.glob("libnvrtc-builtins.so.[0-9]*"):
+                ctypes.CDLL(str(builtins))  # which NVRTC would look for in the system's folders only
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None
+
+
+def why_not() -> str | None:
+    """Why nothing can be compiled; None when it can."""
+    return None if library() is not None else "NVRTC is not installed (it comes with torch's CUDA builds)"
+
+
+def build(source: str, constants: Mapping[str, int], capability: str = "90") -> bytes:
+    """The binary (cubin) of a source, relative to the package, with `constants` as macros. Raises `BackendError`."""
+    nvrtc = library()
+    if nvrtc is None:
+        raise BackendError(f"{source} cannot be compiled: {why_not()}.")
+    program = ctypes.c_void_p()
+    text = (PACKAGE / source).read_bytes()
+    _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.encode(), 0, None, None))
+    words = [f"--gpu-architecture=sm_{capability}", "--fmad=false", "--std=c++17"]
+    words += [f"-D{name}={value}" for name, value in constants.items()]
+    options = (ctypes.c_char_p * len(words))(*(word.encode() for word in words))
+    try:
+        if nvrtc.nvrtcCompileProgram(program, len(words), options):
+            raise BackendError(f"NVRTC refuses {source} with {dict(constants)}:\n{_text(nvrtc, program, 'ProgramLog')}")
+        return _bytes(nvrtc, program, "CUBIN")
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _bytes(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+    size = ctypes.c_size_t()
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+    buffer = ctypes.create_string_buffer(size.value)
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, buffer))
+    return buffer.raw
+
+
+def _text(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> str:
+    return _bytes(nvrtc, program, what).rstrip(b"\0").decode(errors="replace")
+
+
+def _check(nvrtc: ctypes.CDLL, status: int) -> None:
+    if status:
+        nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+        raise BackendError(f"NVRTC: {nvrtc.nvrtcGetErrorString(status).decode()}")
+
+
+# --------------------------------------------------------------------------- on the GPU
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _done(status: int, what: str) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise BackendError(f"{what}: {(text.value or b'unknown error').decode()}")
+
+
+@functools.cache
+def _loaded(source: str, name: str, constants: Constants, device: int) -> ctypes.c_void_p:
+    major, minor = torch.cuda.get_device_capability(device)
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    binary = build(source, dict(constants), f"{major}{minor}")
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # so that the driver's context is there
+        _done(_driver().cuModuleLoadData(ctypes.byref(module), binary), f"loading {source}")
+        _done(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"finding {name}")
+    return function
+
+
+def launch(
+    source: str, name: str, constants: Constants, device: torch.device, blocks: int, threads: int, *arguments: object
+) -> None:
+    """Start a kernel on the current stream. Arguments are ctypes values or structures, in the kernel's order."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    function = _loaded(source, name, constants, index)
+    pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))  # type: ignore[arg-type]
+    stream = ctypes.c_void_p(torch.cuda.current_stream(index).cuda_stream)
+    with torch.cuda.device(index):
+        status = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, pointers, None)
+    _done(status, f"starting {name}")
