@@ -74,12 +74,14 @@ class DelayedState(ScaleState):
     history: Tensor
     scale: Tensor
     pending: Tensor
+    largest: Tensor
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
         self.register_buffer("history", torch.full((3, self.delayed.window), -1.0))
         self.register_buffer("scale", torch.ones(3))
         self.register_buffer("pending", torch.full((3,), -1.0))
+        self.register_buffer("largest", torch.tensor([f.max for f in self.formats]), persistent=False)
         self.filled = [0, 0, 0]
         self.warm = [False, False, False]
         self.seen = [False, False, False]
@@ -187,8 +189,10 @@ def _update_group(states: list[DelayedState], found_inf: Tensor | bool | None, d
     scale = torch.stack([s.scale for s in states])
     pending = torch.stack([s.pending for s in states])
     written, unfilled = pending >= 0, history[..., -1] < 0
-    if found_inf is not None:
-        written &= ~(torch.as_tensor(found_inf, device=scale.device) != 0)
+    if isinstance(found_inf, Tensor):
+        written &= ~(found_inf.to(scale.device) != 0)
+    elif found_inf:
+        written.zero_()
     pushed = torch.cat([history[..., 1:], pending.unsqueeze(-1)], -1)
     history = torch.where(written.unsqueeze(-1), pushed, history)
     following = scale
@@ -197,8 +201,7 @@ def _update_group(states: list[DelayedState], found_inf: Tensor | bool | None, d
         columns = [scale_of(amax[:, i].contiguous(), f, first.power_of_two) for i, f in enumerate(first.formats)]
         fresh = torch.stack(columns, 1)
         following = fresh if due else torch.where(unfilled, fresh, scale)
-    largest = torch.tensor([f.max for f in first.formats], device=scale.device)
-    backed_off = torch.where(pending > largest * scale, torch.maximum(following, 2 * scale), following)
+    backed_off = torch.where(pending > first.largest * scale, torch.maximum(following, 2 * scale), following)
     torch._foreach_copy_([s.history for s in states], list(history))
     torch._foreach_copy_([s.scale for s in states], list(torch.where(written, backed_off, scale)))
     torch._foreach_copy_([s.pending for s in states], list(torch.full_like(pending, -1.0)))

@@ -15,14 +15,14 @@ from ..errors import BackendError, ConfigError, suggest
 MEASUREMENTS = {
     "quantize": "bytes against the reference, and bandwidth",
     "gemm": "FP8 products beside BF16",
-    "layer": "a stack of transformer layers beside BF16 and torchao",
+    "train": "training steps beside BF16, torchao and TransformerEngine",
     "emulation": "the emulated accumulator against the real one, whole outputs",
 }
 
 
 def command(
     names: Annotated[
-        list[str] | None, typer.Argument(help="quantize, gemm, layer, emulation; all without a name")
+        list[str] | None, typer.Argument(help="quantize, gemm, train, emulation; all without a name")
     ] = None,
     out: Annotated[Path, typer.Option(help="folder for the JSON files")] = Path("bench/results"),
 ) -> None:
@@ -33,7 +33,7 @@ def command(
     [bold]Examples[/]
 
         fp8 bench
-        fp8 bench gemm layer --out runs/bench
+        fp8 bench gemm train --out runs/bench
     """
     chosen = names or list(MEASUREMENTS)
     for name in chosen:

@@ -4,6 +4,7 @@ from .attach import attach, refresh, update_scales
 from .attention import MultiheadAttention
 from .autocast import autocast, count_products
 from .convert import Report, convert, register, revert
+from .graph import Graphed, graph
 from .linear import Conv2d, Linear
 from .products import Fp8Products
 from .transformer import TransformerLayer
@@ -11,6 +12,7 @@ from .transformer import TransformerLayer
 __all__ = [
     "Conv2d",
     "Fp8Products",
+    "Graphed",
     "Linear",
     "MultiheadAttention",
     "Report",
@@ -19,6 +21,7 @@ __all__ = [
     "autocast",
     "convert",
     "count_products",
+    "graph",
     "refresh",
     "register",
     "revert",

@@ -1,0 +1,76 @@
+"""A training step as one CUDA graph: for models whose kernels are shorter than the time it takes to start them.
+
+A graph replays the kernels of one step, on the same memory, without Python. So what a step decides on the host is
+decided once: the step reads its batch from tensors that keep their place (copy the next batch into them), learning
+rates are tensors, and the optimizer is `capturable`. What FP8 adds replays like the rest: amaxes, the update of delayed
+scales and the refresh of weight codes are kernels. Only the counters of steps live on the host; each replay moves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..scaling import DelayedState
+
+Outputs = TypeVar("Outputs")
+
+
+class Graphed(Generic[Outputs]):
+    """A captured step: call it to replay. It returns what the step returned, in the same tensors each time."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: Outputs, states: list[DelayedState]) -> None:
+        self.graph, self.outputs, self.states = graph, outputs, states
+
+    def __call__(self) -> Outputs:
+        self.graph.replay()
+        for state in self.states:
+            state.expect(*(operand for operand in range(3) if state.warm[operand]))
+            state.count_step(True)
+        return self.outputs
+
+
+def graph(step: Callable[[], Outputs], model: nn.Module, warm_up: int = 3) -> Graphed[Outputs]:
+    """Run `step` a few times, then capture it.
+
+    step      one training step without arguments: forward, backward, optimizer, `zero_grad`; it may return tensors. The
+              warm-up and the capture are real steps: they change the weights, as replays do.
+    model     its FP8 layers' scales are updated in the step (`fp8.attach`, or `fp8.update_scales`)
+    warm_up   steps before the capture; kernels are compiled and delayed scales found in them. At least 1.
+
+    Raises `ConfigError` without a GPU, and for delayed scales that are not updated in every step.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError("fp8.graph captures a CUDA graph, and there is no CUDA GPU here: call the step itself.")
+    if warm_up < 1:
+        raise ConfigError(f"warm_up={warm_up}: a step must have run once before it can be captured.")
+    states = [module for module in model.modules() if isinstance(module, DelayedState)]
+    _refuse_intervals(states)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warm_up):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    if any(state.starting or not any(state.warm) for state in states):
+        raise ConfigError(
+            "no delayed scale was updated in the warm-up: let the step end with fp8.update_scales(model), or attach it "
+            "to the optimizer with fp8.attach."
+        )
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        outputs = step()
+    return Graphed(captured, outputs, states)
+
+
+def _refuse_intervals(states: list[DelayedState]) -> None:
+    for state in states:
+        if state.delayed.update_every != 1:
+            raise ConfigError(
+                f"delayed scales that are updated every {state.delayed.update_every} steps cannot be captured, for a "
+                "graph repeats one step: use update_every=1."
+            )
