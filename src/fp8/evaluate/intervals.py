@@ -66,7 +66,7 @@ class Estimate:
         """The estimate of an increasing function of the value; the standard error by its slope (delta method)."""
         step = max(abs(self.value), 1.0) * 1e-6
         slope = (monotone(self.value + step) - monotone(self.value - step)) / (2 * step)
-        low, high = monotone(self.low), monotone(self.high)
+        low, high = (monotone(end) if math.isfinite(end) else end for end in (self.low, self.high))
         return Estimate(monotone(self.value), low, high, slope * self.standard_error, self.units, self.effective)
 
     def negated(self) -> Estimate:
@@ -112,7 +112,7 @@ def ratio_mean(totals: Sequence[float], weights: Sequence[float], *, in_order: b
     e = x - mean * n
     alone, with_neighbours = long_run(e, lags(k) if in_order else 0)
     standard_error = math.sqrt(with_neighbours * k / (k - 1)) / float(n.sum())
-    effective = k * alone / with_neighbours if with_neighbours else float(k)
+    effective = k * (alone / with_neighbours) if with_neighbours else float(k)
     half = t95(effective - 1) * standard_error if standard_error else 0.0
     return Estimate(mean, mean - half, mean + half, standard_error, k, effective)
 

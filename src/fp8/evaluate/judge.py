@@ -157,7 +157,8 @@ class Opened:
 
 def measure(opened: Opened, one: Measurement, ledger: Ledger, show: Progress) -> tuple[list[Record], float]:
     """The records of one measurement of one model, and the seconds that the new ones took."""
-    batches, done = one.batches(opened.of(one)), ledger.done()
+    batches = one.batches(opened.of(one))
+    done = ledger.done()[: len(batches)]
     records = [record for batch in done for record in batch]
     show.start(f"{opened.spec.name}: {one.name}", sum(map(len, batches)), len(records))
     try:
@@ -168,7 +169,7 @@ def measure(opened: Opened, one: Measurement, ledger: Ledger, show: Progress) ->
             show.advance(records)
     except KeyboardInterrupt:
         raise StoppedError(f"stopped; {ledger.path} has {len(records)} items, and the same command goes on.") from None
-    return records, show.finish(records)
+    return records[: one.keep], show.finish(records)
 
 
 def check(models: Sequence[ModelSpec], measurements: Sequence[Measurement]) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import TensorError
+
 Record = dict[str, Any]
 
 
@@ -38,10 +40,16 @@ class Ledger:
         return [json.loads(line) for line in whole[1:]]
 
     def append(self, batch: Sequence[Record]) -> None:
-        """A batch, whole or not at all: one line."""
+        """A batch, whole or not at all: one line. Raises `TensorError` for what is NaN or infinite."""
+        try:
+            line = json.dumps(list(batch), allow_nan=False) + "\n"
+        except ValueError:
+            raise TensorError(
+                f"{self.what.get('model')} gave NaN or Inf: its weights or an activation are not finite."
+            ) from None
         if not self.path.is_file() or not self.path.stat().st_size:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(self.what) + "\n", encoding="utf-8")
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(list(batch)) + "\n")
+            file.write(line)
             file.flush()

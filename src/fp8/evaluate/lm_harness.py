@@ -105,6 +105,7 @@ class LmEvalMeasurement:
     batch_size: int = 1
     manager: Any = None
     encoder: bool = False
+    keep: int | None = None
 
     @property
     def name(self) -> str:
@@ -115,7 +116,7 @@ class LmEvalMeasurement:
         return (ACCURACY,)
 
     def what(self, spec: ModelSpec) -> dict[str, Any]:
-        own = {"task": self.name, "limit": self.limit, "shots": self.shots, "batch": self.batch_size}
+        own = {"task": plain(self.task), "limit": self.limit, "shots": self.shots, "batch": self.batch_size}
         return surrounding(spec) | own | {"lm_eval": getattr(lm_eval(), "__version__", "")}
 
     def batches(self, spec: ModelSpec) -> list[Sequence[Any]]:
@@ -151,4 +152,6 @@ def plain(value: Any) -> Any:
     """What JSON can hold."""
     if isinstance(value, (list, tuple)):
         return [plain(one) for one in value]
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

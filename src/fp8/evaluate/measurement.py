@@ -40,6 +40,11 @@ class Measurement(Protocol):
     @property
     def measures(self) -> tuple[str, ...]: ...
 
+    @property
+    def keep(self) -> int | None:
+        """How many records count, where the last batch may give more; None: all."""
+        ...
+
     def what(self, spec: ModelSpec) -> dict[str, Any]: ...
 
     def batches(self, spec: ModelSpec) -> list[Sequence[Any]]: ...
@@ -66,7 +71,10 @@ def begin(words: Tokenizer, bos: str | None) -> int | None:
 
 @dataclass(frozen=True)
 class TextMeasurement:
-    """The perplexity of a text (UTF-8), `windows.py` says how. `limit`: only the first windows."""
+    """The perplexity of a text (UTF-8), `windows.py` says how. `limit`: only the first windows.
+
+    Where batches begin does not depend on the limit, so that a larger one goes on from what a smaller one left on disk.
+    """
 
     path: Path
     window: int = 1024
@@ -90,6 +98,10 @@ class TextMeasurement:
     def measures(self) -> tuple[str, ...]:
         return (PERPLEXITY,)
 
+    @property
+    def keep(self) -> int | None:
+        return self.limit
+
     @cached_property
     def text(self) -> str:
         return self.path.read_text(encoding="utf-8", errors="strict")
@@ -97,7 +109,7 @@ class TextMeasurement:
     def tokens(self, words: Tokenizer) -> np.ndarray:
         """The tokens that are read: all, or as many as the first windows need."""
         if words.fingerprint not in self._tokens:
-            need = math.inf if self.limit is None else (self.limit - 1) * self.stride + self.window + 1
+            need = math.inf if self.limit is None else (self.limit + self.batch_size) * self.stride + self.window + 1
             found: list[np.ndarray] = []
             for piece in pieces(self.text):
                 found.append(words.encode(piece))
@@ -108,15 +120,16 @@ class TextMeasurement:
         return self._tokens[words.fingerprint]
 
     def what(self, spec: ModelSpec) -> dict[str, Any]:
-        tokens = self.tokens(tokenizer_for(spec)).astype(np.uint32)
-        own = {"window": self.window, "stride": self.stride, "limit": self.limit, "batch": self.batch_size}
-        read = hashlib.sha256(tokens.tobytes()).hexdigest()
-        return surrounding(spec) | own | {"text": self.name, "tokens": len(tokens), "sha256": read, "bos": self.bos}
+        own = {"window": self.window, "stride": self.stride, "batch": self.batch_size, "bos": self.bos}
+        read = {"sha256": hashlib.sha256(self.text.encode()).hexdigest(), "words": tokenizer_for(spec).fingerprint}
+        return surrounding(spec) | own | {"text": self.name} | read
 
     def batches(self, spec: ModelSpec) -> list[Sequence[Any]]:
         tokens = self.tokens(tokenizer_for(spec))
-        cut = windows.cut(len(tokens), self.window, self.stride, bos=self.bos is not None, limit=self.limit)
-        return list(windows.batches(cut, self.batch_size))
+        most = None if self.limit is None else self.limit + self.batch_size
+        cut = windows.cut(len(tokens), self.window, self.stride, bos=self.bos is not None, limit=most)
+        batches = windows.batches(cut, self.batch_size)
+        return [batch for batch in batches if self.limit is None or batch[0].index < self.limit]
 
     def run(self, model: Causal, batch: Sequence[windows.Window]) -> list[Record]:
         bos = begin(model.words, self.bos)
@@ -140,6 +153,10 @@ class TaskMeasurement:
     @property
     def encoder(self) -> bool:
         return self.task.kind is Pair
+
+    @property
+    def keep(self) -> int | None:
+        return None
 
     @property
     def measures(self) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, completed=len(records), so_far=so_far(records))
         elif time.monotonic() - self._said > EVERY:
-            self.say(f"{self._title}: {len(records)} of {self._total}, {so_far(records)}")
+            self.say(f"{self._title}: {', '.join(filter(None, [f'{len(records)} of {self._total}', so_far(records)]))}")
             self._said = time.monotonic()
 
     def finish(self, records: Sequence[Record]) -> float:

@@ -31,6 +31,7 @@ def transformers() -> Any:
         raise ConfigError(
             "this model runs in the package 'transformers', which is not installed: pip install 'fp8[hf]'."
         ) from None
+    package.utils.logging.disable_progress_bar()  # there is one already, `progress.py`
     return package
 
 
