@@ -244,6 +244,26 @@ def test_the_command_shows_a_table_and_writes_json(
     assert [len(m["records"]) for m in told["measurements"]["text.txt"]] == [3, 3, 3]
 
 
+def test_a_cache_alone_is_held_against_the_same_model(
+    llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [
+        "eval",
+        str(llama),
+        "--text",
+        str(text),
+        "--window",
+        "64",
+        "--kv-cache",
+        "fp8",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    with pytest.raises(SystemExit):
+        main([*argv, "--against", str(llama)])
+    assert "tiny · kv fp8" in capsys.readouterr().out
+
+
 def test_a_mistake_is_one_line(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["eval", str(llama), "--tasks", "lambada"])

@@ -65,15 +65,18 @@ def command(
 
     [cyan]fp8 eval smollm2-fp8 --against smollm2 --tasks lambada,mmlu --data evals --json out.json[/]  a checkpoint
 
-    [cyan]fp8 eval smollm2 --scheme none --kv-cache fp8 --tasks mine.jsonl[/]  the cache alone, on a task of your own
+    [cyan]fp8 eval smollm2 --kv-cache fp8 --tasks mine.jsonl[/]  the cache alone, on a task of your own
     """
     base = against or models[0]
-    folders = [base, *(folder for folder in models if folder != base)]
+    folders = [base, *(folder for folder in models if folder.resolve() != base.resolve())]
     specs = [
         ModelSpec(folder, "none", kv_cache if i else None, dtype, engine, device, tokenizer)
         for i, folder in enumerate(folders)
     ]
-    specs += variants(specs[0], [*(scheme or ()), *(["int8"] if int8 else ())], kv_cache)
+    schemes = [*(scheme or ()), *(["int8"] if int8 else ())]
+    if kv_cache is not None and len(specs) == 1 and not schemes:
+        schemes = ["none"]  # the cache alone
+    specs += variants(specs[0], schemes, kv_cache)
     if (limit is not None and limit < 1) or batch < 1:
         raise ConfigError(f"limit and batch must be at least 1, not {limit} and {batch}.")
     stride = max(window // 2, 1) if stride is None else stride

@@ -37,17 +37,19 @@ class StoppedError(Fp8Error):
 
 @dataclass(frozen=True)
 class Outcome:
-    """One measurement of one model: its records, one an item, and its figures."""
+    """One measurement of one model: what was asked, its records, one an item, and its figures."""
 
     model: ModelSpec
     measurement: str
+    what: dict[str, Any]
     records: list[Record]
     figures: list[Figure]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         told = [figure.to_dict() for figure in self.figures]
-        return {"model": self.model.name, "seconds": round(self.seconds, 1), "figures": told, "records": self.records}
+        own = {"model": self.model.name, "what": self.what, "seconds": round(self.seconds, 1)}
+        return own | {"figures": told, "records": self.records}
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ def judge(
         for i, spec in enumerate(models):
             records, seconds = found[one.name, spec.name]
             told = figures(one.measures, records, base if i else None, token_nats(one, models[0]), limit)
-            outcomes.append(Outcome(spec, one.name, records, told, seconds))
+            what = one.what(spec.resolved(one.encoder))
+            outcomes.append(Outcome(spec, one.name, what, records, told, seconds))
     return Judgement(list(models), about, outcomes, limit)
 
 

@@ -35,13 +35,17 @@ def transformers() -> Any:
     return package
 
 
-def pretrained(kind: Any, spec: ModelSpec) -> Any:
-    """A model from its folder, never from the network."""
+def read(kind: Any, spec: ModelSpec, **how: Any) -> Any:
+    """A model or tokenizer from its folder, never from the network."""
     try:
-        model = kind.from_pretrained(spec.folder, dtype=DTYPES[spec.dtype], local_files_only=True)
+        return kind.from_pretrained(spec.folder, local_files_only=True, **how)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {spec.folder}: {error}") from None
-    return model.eval().requires_grad_(False).to(spec.device)
+
+
+def pretrained(kind: Any, spec: ModelSpec) -> Any:
+    """A model for inference."""
+    return read(kind, spec, dtype=DTYPES[spec.dtype]).eval().requires_grad_(False).to(spec.device)
 
 
 class TransformersModel:
@@ -106,7 +110,7 @@ class Encoder:
         spec = spec.resolved(encoder=True)
         if spec.kv_cache is not None:
             raise ConfigError("an encoder has no KV cache: leave out --kv-cache.")
-        self.words = package.AutoTokenizer.from_pretrained(spec.folder, local_files_only=True)
+        self.words = read(package.AutoTokenizer, spec)
         self.model = pretrained(package.AutoModel, spec)
         self.about = apply_scheme(self.model, spec.scheme)
         self.device = torch.device(spec.device)
