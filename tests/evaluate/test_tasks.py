@@ -218,6 +218,10 @@ def test_what_is_too_long_is_cut_on_the_left() -> None:
     asked = answering.request(model, "x" * 600 + "y", " b")
     assert len(asked.context) + len(asked.continuation) - 1 == model.max_positions
     assert asked.context[-1] == ord("y")
+    begun = answering.request(model, "x" * 600 + "y", " b", bos=256)
+    assert (begun.context[0], len(begun.context)) == (256, len(asked.context))
+    with pytest.raises(DataError, match="the model is too short"):
+        answering.request(model, "x", "b" * 513)
 
 
 def test_rows_of_a_batch_do_not_feel_each_other() -> None:

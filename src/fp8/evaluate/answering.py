@@ -4,7 +4,7 @@
 tokens of the context alone; blanks at the end of the context go to the continuation, and an empty context becomes the
 end-of-text token (lm-eval's rules). So " B" after "Answer:" is the token that running text would have.
 
-**Length.** What does not fit is cut on the left: the model sees the last `max_positions` tokens.
+**Length.** What does not fit is cut on the left, behind the begin-of-text token: the model sees the last tokens.
 
 **Sharing.** The continuations of an item that differ in their last token only (letters) are read off one row of logits.
 Rows are filled up on the right with token 0, which no earlier position sees; a batch holds at most so many rows. Items
@@ -50,12 +50,17 @@ def request(model: Causal, context: str, continuation: str, bos: int | None = No
     begin = (bos,) if bos is not None else () if bare else tuple(model.ends[:1])
     whole = tuple(int(t) for t in model.words.encode(context + continuation))
     split = len(model.words.encode(bare))
-    before, after = begin + whole[:split], whole[split:]
-    if not before or not after:
-        raise DataError(f"nothing to {'score' if before else 'read first'}: {context[-40:]!r} + {continuation!r}.")
-    if len(after) > model.max_positions:
-        raise DataError(f"a continuation of {len(after)} tokens exceeds the model's {model.max_positions} positions.")
-    return Request(before[-(model.max_positions + 1 - len(after)) :], after)
+    before, after = whole[:split], whole[split:]
+    if not begin + before or not after:
+        raise DataError(f"nothing to {'read first' if after else 'score'}: {context[-40:]!r} + {continuation!r}.")
+    return Request(last(begin, before, model.max_positions + 1 - len(after)), after)
+
+
+def last(begin: tuple[int, ...], tokens: tuple[int, ...], room: int) -> tuple[int, ...]:
+    """A begin-of-text token, if there is one, and the last of the tokens, as many as there is room for."""
+    if room < len(begin) + 1:
+        raise DataError(f"there is room for {max(room, 0)} tokens before what is to be scored: the model is too short.")
+    return begin + tokens[-(room - len(begin)) :]
 
 
 def likelihoods(model: Causal, requests: Sequence[Request], rows: int = 8) -> list[Likelihood]:
@@ -147,10 +152,10 @@ def generated(model: Causal, task: Task, item: Answer, bos: int | None) -> Recor
 
 def until(model: Causal, prompt: str, stop: Sequence[str], most: int, bos: int | None = None) -> str:
     """The likeliest text behind a prompt, up to the first of the strings in `stop`."""
-    begin = [] if bos is None else [bos]
-    tokens = begin + [int(t) for t in model.words.encode(prompt)]
+    begin = () if bos is None else (bos,)
+    tokens = last(begin, tuple(int(t) for t in model.words.encode(prompt)), model.max_positions - most)
     seen: list[int] = []
-    for token in model.go_on(tokens[-max(model.max_positions - most, 1) :], most):
+    for token in model.go_on(tokens, most):
         seen.append(token)
         text = model.words.decode(seen)
         if any(end in text for end in stop):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -137,7 +138,7 @@ def cells(figure: Figure) -> Sequence[str]:
 
 
 def ends(estimate: Estimate, digits: int, sign: str = "") -> str:
-    if estimate.standard_error == float("inf"):
+    if not math.isfinite(estimate.high - estimate.low):
         return "unknown"
     return f"{estimate.low:{sign}.{digits}f} to {estimate.high:{sign}.{digits}f}"
 

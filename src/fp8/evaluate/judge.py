@@ -71,7 +71,7 @@ class Judgement:
         by_name = {name: [o.to_dict() for o in self.outcomes if o.measurement == name] for name in names}
         return {
             "machine": surroundings(device_of(self.base.device)),
-            "limit": self.limit,
+            "tolerance": self.limit,
             "base": self.base.name,
             "models": [described(spec) | {"about": self.about.get(spec.name)} for spec in self.models],
             "measurements": by_name,

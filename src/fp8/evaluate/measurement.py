@@ -104,7 +104,10 @@ class TextMeasurement:
 
     @cached_property
     def text(self) -> str:
-        return self.path.read_text(encoding="utf-8", errors="strict")
+        try:
+            return self.path.read_bytes().decode()  # line ends stay as they are
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.path} is not UTF-8 text: {error}.") from None
 
     def tokens(self, words: Tokenizer) -> np.ndarray:
         """The tokens that are read: all, or as many as the first windows need."""

@@ -105,7 +105,7 @@ def short(folder: Path) -> str:
 def engine_for(folder: Path) -> str:
     """The engine that runs a folder: ours where it can."""
     plain = read_json(folder / "config.json")
-    if plain.get("quantization_config", {}).get("quant_method", "compressed-tensors") != "compressed-tensors":
+    if (plain.get("quantization_config") or {}).get("quant_method", "compressed-tensors") != "compressed-tensors":
         return "transformers"
     try:
         from_config(plain)
