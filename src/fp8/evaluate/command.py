@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import ConfigError
+from ..train.text import text_path
 from .intervals import Estimate
 from .judge import Judgement, StoppedError, judge, variants
 from .lm_harness import LmEvalMeasurement
@@ -25,7 +26,9 @@ from .verdict import LIMIT, UNINFORMATIVE, WITHIN
 
 def command(
     models: Annotated[list[Path], typer.Argument(help="Folders: Hugging Face models, or checkpoints of fp8.")],
-    text: Annotated[list[Path] | None, typer.Option(help="A text to take the perplexity of; may be repeated.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A text to take the perplexity of, or moby-dick; may be repeated.")
+    ] = None,
     tasks: Annotated[
         str, typer.Option(help="lambada, mmlu, mmlu-options, gsm8k, stsb, or FILE.jsonl of your own; with commas.")
     ] = "",
@@ -62,6 +65,8 @@ def command(
 
     [bold]Examples[/]
 
+    [cyan]fp8 eval runs/demo/fp8 --text moby-dick --window 128 --limit 50[/]  what `fp8 demo` exported
+
     [cyan]fp8 eval smollm2 --text wiki.test.raw --scheme dynamic --int8[/]  FP8 and INT8 before anything is exported
 
     [cyan]fp8 eval smollm2-fp8 --against smollm2 --tasks lambada,mmlu --data evals --json out.json[/]  a checkpoint
@@ -82,7 +87,8 @@ def command(
         raise ConfigError(f"limit and batch must be at least 1, not {limit} and {batch}.")
     stride = max(window // 2, 1) if stride is None else stride
     asked = [load_task(name, data, shots=shots, limit=limit) for name in words(tasks)]
-    measurements: list[Measurement] = [TextMeasurement(p, window, stride, limit, batch, bos) for p in text or ()]
+    texts = [text_path(str(path)) for path in text or ()]
+    measurements: list[Measurement] = [TextMeasurement(path, window, stride, limit, batch, bos) for path in texts]
     measurements += [TaskMeasurement(task, batch, bos) for task in asked]
     measurements += [LmEvalMeasurement(name, limit, shots, batch) for name in words(lm_eval)]
     console = Console(highlight=False)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .subject import ModelSpec, described, open_causal, tokenizer_for
 from .verdict import LIMIT
 
 Record = dict[str, Any]
+Found = dict[tuple[str, str], tuple[list[Record], float]]  # by measurement and model: records, and seconds
 
 
 class StoppedError(Fp8Error):
@@ -113,19 +114,21 @@ def judge(
         for spec in models:
             opened = Opened(spec)
             for one in measurements:
-                found[one.name, spec.name] = measure(
-                    opened, one, Ledger(out, one.what(opened.of(one)), fresh=fresh), show
-                )
+                ledger = Ledger(out, one.what(opened.of(one)), fresh=fresh)
+                found[one.name, spec.name] = measure(opened, one, ledger, show)
             about[spec.name] = opened.about
-    outcomes = []
-    for one in measurements:
-        base = found[one.name, models[0].name][0]
-        for i, spec in enumerate(models):
-            records, seconds = found[one.name, spec.name]
-            told = figures(one.measures, records, base if i else None, token_nats(one, models[0]), limit)
-            what = one.what(spec.resolved(one.encoder))
-            outcomes.append(Outcome(spec, one.name, what, records, told, seconds))
+    outcomes = [outcome for one in measurements for outcome in held_together(models, one, found, limit)]
     return Judgement(list(models), about, outcomes, limit)
+
+
+def held_together(models: Sequence[ModelSpec], one: Measurement, found: Found, limit: float) -> Iterator[Outcome]:
+    """One measurement's outcome of each model, figures beside the base's."""
+    base = found[one.name, models[0].name][0]
+    for spec in models:
+        records, seconds = found[one.name, spec.name]
+        beside = None if spec is models[0] else base
+        told = figures(one.measures, records, beside, token_nats(one, models[0]), limit)
+        yield Outcome(spec, one.name, one.what(spec.resolved(one.encoder)), records, told, seconds)
 
 
 def token_nats(one: Measurement, base: ModelSpec) -> float:

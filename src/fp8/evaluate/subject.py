@@ -19,6 +19,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -176,7 +177,12 @@ def tokenizer_for(spec: ModelSpec) -> Tokenizer:
     name = spec.tokenizer or tokenizer_name(spec.folder)
     if name is None:
         raise ConfigError(f"{spec.folder} has no tokenizer.json: name one by --tokenizer (a file, or 'bytes').")
-    return tokenizer_of(name)
+    return _read(name)
+
+
+@lru_cache(maxsize=4)
+def _read(tokenizer: str) -> Tokenizer:
+    return tokenizer_of(tokenizer)
 
 
 def described(spec: ModelSpec) -> dict[str, Any]:
