@@ -98,12 +98,13 @@ def command(
     except StoppedError as stopped:
         typer.echo(str(stopped))
         raise typer.Exit(130) from None
+    if json_out is not None:  # first: a table may be cut off by a pipe
+        told.write(json_out)
     console.print(drawing(told))
     for name, about in told.about.items():
         console.print(f"{name}: {about}", markup=False)
     console.print(legend(told.limit))
     if json_out is not None:
-        told.write(json_out)
         console.print(f"{json_out} has every item's outcome.", markup=False)
 
 
