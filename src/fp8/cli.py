@@ -19,6 +19,7 @@ from rich.console import Console, RenderableType
 from . import __version__
 from .bench.command import command as bench_command
 from .errors import Fp8Error
+from .evaluate.command import command as eval_command
 from .train.command import command as train_command
 
 app = typer.Typer(
@@ -117,6 +118,7 @@ def formats(
 
 
 app.command("bench")(bench_command)
+app.command("eval")(eval_command)
 app.command("train")(train_command())  # its flags are the settings of TrainConfig
 
 

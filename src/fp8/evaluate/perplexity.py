@@ -1,7 +1,7 @@
 """The loss of a model on text, in nats a token, and its perplexity.
 
 A run's own evaluation and this one see the same rows, so that what was saved and read again can be held against the
-model that was trained.
+model that was trained. `windows.py` cuts a text of any length; `token_losses` scores what it cut.
 """
 
 from __future__ import annotations
@@ -26,6 +26,16 @@ def token_loss(model: nn.Module, rows: Tensor, precision: str = "fp32", reductio
     with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         logits = model(rows[:, :-1])
     return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction=reduction)
+
+
+@torch.no_grad()
+def token_losses(logits: Tensor, targets: Tensor, at_once: int = 256) -> Tensor:
+    """The cross entropy of each token, FP32 `[T]`: logits `[T, V]`, targets `[T]` (int64).
+
+    `at_once` positions are converted to FP32 at a time, so that a large vocabulary is not held twice.
+    """
+    pairs = zip(logits.split(at_once), targets.split(at_once), strict=True)
+    return torch.cat([F.cross_entropy(given.float(), wanted, reduction="none") for given, wanted in pairs])
 
 
 @torch.no_grad()

@@ -26,11 +26,11 @@ from rich.table import Table
 from ..errors import DataError
 from ..train import TrainConfig
 from .comparison import difference, run_arm, settings, surroundings
+from .intervals import t95
 from .probe import next_loss, probe
 
 RECIPES = ("tensorwise", "delayed", "rowwise", "blockwise")
 LIMIT = 0.5  # percent
-T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, by degrees of freedom
 Run = dict[str, Any]
 
 
@@ -117,7 +117,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     mean, freedom = statistics.fmean(values), len(values) - 1
     if not freedom:
         return mean, math.inf
-    return mean, T95[min(freedom, len(T95) - 1)] * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, t95(freedom) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def drawing(told: dict[str, Any]) -> Table:
