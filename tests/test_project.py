@@ -21,9 +21,21 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 # The order in which numbers pass through the house. A room imports only from rooms before it.
 ROOMS: tuple[str, ...] = (
-    *("errors", "formats", "formats_table", "tile", "recipe", "backends", "quantize", "matmul", "scaling", "fused"),
-    *("attention", "distributed", "nn", "models", "checkpoint", "train", "calibrate", "evaluate", "advise", "serve"),
-    *("report", "playground", "bench", "demo", "cli", "__main__"),
+    *(
+        "errors",
+        "formats",
+        "formats_table",
+        "tile",
+        "recipe",
+        "backends",
+        "quantize",
+        "matmul",
+        "scaling",
+        "cost",
+        "fused",
+    ),
+    *("attention", "distributed", "nn", "models", "checkpoint", "train", "calibrate", "evaluate", "serve"),
+    *("report", "advise", "playground", "bench", "demo", "cli", "__main__"),
 )
 NAMELESS = {"utils", "util", "common", "core", "helpers", "helper", "base", "misc"}
 MOST_LINES = 400  # a kernel may be longer
