@@ -8,8 +8,9 @@ points are predicted, and never fitted: a model that only repeats its own points
 For each kind of product, `peak`, `fill` and `start` are those with the least absolute error of the logarithm over its
 fitted points: absolute, because one product on a hot GPU lies a fifth off the others and should not pull them. All
 three are searched over a grid, which gives the same table on every machine. A kind without a small product takes
-`fill` and `start` of its sibling. Attention has two unknowns a direction and, where two lengths were measured, two equations. What a step
-sustains is fitted last: of the whole steps in the file, the BF16 one that is not held gives `bf16`, the FP8 one `fp8`.
+`fill` and `start` of its sibling. Attention has two unknowns a direction and, where two lengths were measured, two
+equations. What a step sustains is fitted last: of the whole steps in the file, the BF16 one that is not held gives
+`bf16`, the FP8 one `fp8`.
 """
 
 from __future__ import annotations
@@ -107,7 +108,12 @@ def _gemm(known: Rates, kind: str, points: list[Row]) -> Gemm:
 
 def _misfit(known: Rates, kind: str, one: Gemm, points: list[Row]) -> float:
     table = dataclasses.replace(known, gemm={**known.gemm, kind: one})
-    return sum(abs(math.log(gemm.seconds(*row["shape"], kind, table) / row["seconds"])) for row in points)
+    return sum(abs(math.log(_product(row, table) / row["seconds"])) for row in points)
+
+
+def _product(row: Row, known: Rates) -> float:
+    m, n, k = row["shape"]
+    return gemm.seconds(m, n, k, row["kind"], known)
 
 
 # --------------------------------------------------------------------------- attention
@@ -184,7 +190,7 @@ def errors(measured: Row, known: Rates) -> Iterator[Point]:
     """Every measured figure beside its prediction."""
     for row in measured["gemm"]:
         what = f"{' x '.join(map(str, row['shape']))}, {row['kind']}"
-        yield _point(what, row, row["seconds"] * 1e6, gemm.seconds(*row["shape"], row["kind"], known) * 1e6, "µs")
+        yield _point(what, row, row["seconds"] * 1e6, _product(row, known) * 1e6, "µs")
     for row in measured["cast"]:
         if row["kind"] in traffic.CAST_BYTES:
             moved = traffic.CAST_BYTES[row["kind"]] * row["elements"] / known.cast[row["kind"]]

@@ -32,6 +32,7 @@ EAGER_MORE = {"h": 2.0}  # SiLU of the gate, which compiled code computes again
 # Bytes of a block's backward beside what was saved, an element of `up`: fitted to the peaks of `fp8 bench layer`.
 WORKSPACE = {"bf16": 4.5, "fp8": 3.7}
 LOGITS = {"compiled": 4.0, "eager": 10.0}
+WIDE = {"x": 4.0}  # two residuals in FP32, where parameters are FP32 under autocast
 ENDS = 6.0  # the stack's input, output and the gradient of one of them, an element of x
 GIB = 2**30
 
@@ -86,6 +87,8 @@ def saved_bytes(model: Architecture, setting: Setting) -> float:
     table = dict(SAVED["bf16" if not low else "fp8 fused" if setting.fused else "fp8"])
     if not setting.compiled and model.gated and not setting.fused:
         table["h"] = table["h"] + EAGER_MORE["h"]
+    if setting.weights == 4:
+        table["x"] = table["x"] + WIDE["x"]
     return sum(each * elements(name, model, setting.tokens) for name, each in table.items())
 
 

@@ -83,7 +83,7 @@ def rates(gpu: str = "H200") -> Rates:
     key = gpu.upper()
     if key not in GPUS:
         raise ConfigError(f"there are no rates for the GPU {gpu!r}. {suggest(key, GPUS)}")
-    plain = json.loads(resources.files(__package__).joinpath("rates.json").read_text(encoding="utf-8"))
+    plain = json.loads(resources.files("fp8.cost").joinpath("rates.json").read_text(encoding="utf-8"))
     return read(plain, GPUS[key])
 
 

@@ -125,6 +125,7 @@ def pass_seconds(row: traffic.Pass, model: Architecture, setting: Setting, known
     each = row.fused if setting.fused else row.compiled if setting.compiled else row.eager
     if each == 0:
         return 0.0
+    each += row.wide if setting.weights == 4 else 0.0
     return row.times * (known.kernel + each * elements(row.elements, model, setting.tokens) / known.elementwise)
 
 
