@@ -8,6 +8,7 @@ so they are watched while the step runs.
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 import warnings
 from collections import Counter
@@ -23,6 +24,7 @@ from .findings import Sync
 READ = "a value is read on the host (.item(), .tolist(), .cpu(), an if on a tensor, nonzero, a copy that waits)"
 HERE = str(Path(__file__).parent.parent)
 TORCH = str(Path(torch.__file__).parent)
+BETWEEN = (HERE, TORCH, warnings.__file__, contextlib.__file__)  # files whose lines are nobody's own
 EXPLICIT: tuple[tuple[Any, str, str], ...] = (
     (torch.cuda, "synchronize", "torch.cuda.synchronize()"),
     (torch.cuda.Event, "synchronize", "Event.synchronize()"),
@@ -87,9 +89,7 @@ def _counting(called: Callable[..., Any], told: str, seen: Counter[tuple[str, st
 
 def calling_line() -> str:
     """The innermost line outside of torch and of this package, with its text: "train.py:12 in step: loss.item()"."""
-    frames = [
-        f for f in traceback.extract_stack() if not f.filename.startswith((HERE, TORCH, "<")) or f.filename == "<stdin>"
-    ]
+    frames = [frame for frame in traceback.extract_stack() if not frame.filename.startswith(BETWEEN)]
     if not frames:
         return "an unknown line"
     frame = frames[-1]

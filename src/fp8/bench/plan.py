@@ -35,6 +35,7 @@ from fp8.recipe import Recipe
 
 from .machine import save
 
+DEVICE = "cuda"
 WARM, TIMED, LIMIT = 4, 9, 0.10
 FITTED = (None, "tensorwise")
 Run = Callable[[], Any]
@@ -92,7 +93,7 @@ def cases() -> tuple[Case, ...]:
 def build(case: Case, recipe: str | None) -> Decoder:
     """The decoder on the GPU, in FP32 for a whole step and BF16 for a stack; FP8 where there is a recipe."""
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         model = Decoder(case.config)
     if not case.whole:
         model = model.to(torch.bfloat16)
@@ -105,7 +106,7 @@ def stack_step(case: Case, model: Decoder) -> Run:
     """Forward and backward of the layers alone."""
     layers = nn.Sequential(*model.layers)
     call = torch.compile(layers)
-    x = torch.randn(case.batch, case.tokens, case.config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(case.batch, case.tokens, case.config.hidden_size, device=DEVICE, dtype=torch.bfloat16)
     x.requires_grad_()
     grad = torch.randn_like(x)
 
@@ -123,7 +124,7 @@ def whole_step(case: Case, model: Decoder) -> Run:
     """Forward, loss, backward, clipping, AdamW, and the once-a-step work of FP8."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     fp8.attach(model, optimizer)
-    tokens = torch.randint(case.config.vocab_size, (case.batch, case.tokens + 1), device="cuda")
+    tokens = torch.randint(case.config.vocab_size, (case.batch, case.tokens + 1), device=DEVICE)
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
         logits = model(inputs)
@@ -133,7 +134,7 @@ def whole_step(case: Case, model: Decoder) -> Run:
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def run() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             loss = call(inputs, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

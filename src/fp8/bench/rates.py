@@ -72,6 +72,8 @@ CASTS = {"both tensor": "tensor", "both tensor given": "tensor", "both row": "ro
          "both 128x128": "128x128"}  # fmt: skip
 ATTENTION = ((128, (1024, 2048, 4096, 8192, 16384)), (64, (1024, 2048, 8192)))
 FITTED_LENGTHS = (1024, 8192)
+DEVICE = "cuda"
+TOKENS = 16384  # of attention, in sequences of each length
 L2 = 120e6  # bytes of operands that no L2 holds
 BUSY = 15e-3  # seconds that a graph keeps the GPU busy
 SOURCE = "bench rates"
@@ -103,7 +105,7 @@ def _timed(run: Callable[[], Any]) -> float:
 
 
 def normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
 
 
 # --------------------------------------------------------------------------- one measurement each
@@ -156,7 +158,7 @@ def elementwise() -> list[dict[str, Any]]:
 def casts() -> Iterator[dict[str, Any]]:
     for rows, cols in ((16384, 4096), (16384, 14336), (8192, 8192)):
         x = normal(rows, cols)
-        given = torch.full((1, 1), 2.0**-6, device="cuda")
+        given = torch.full((1, 1), 2.0**-6, device=DEVICE)
         for kind, tile in CASTS.items():
             scale = given if kind.endswith("given") else None
             seconds = graph_seconds([lambda x=x, t=tile, s=scale: quantize_both(x, "e4m3", t, scale=s)])
@@ -167,7 +169,7 @@ def attentions() -> Iterator[dict[str, Any]]:
     """16384 tokens, causal, 32 query and 8 key heads."""
     for width, lengths in ATTENTION:
         for s in lengths:
-            b = max(1, 16384 // s)
+            b = max(1, TOKENS // s)
             q, k, v = (normal(b, h, s, width).requires_grad_() for h in (32, 8, 8))
             grad = normal(b, 32, s, width)
             run = lambda q=q, k=k, v=v: attention(q, k, v, causal=True)  # noqa: E731
@@ -190,7 +192,7 @@ def _repeated(run: Callable[[], Any], times: int = 8) -> float:
 def launches() -> tuple[dict[str, Any], dict[str, str]]:
     """The least time of a kernel in a row, what the host spends on each kind of call, and what could not be measured
     (which keeps the shipped figure)."""
-    tiny = torch.zeros(256, device="cuda")
+    tiny = torch.zeros(256, device=DEVICE)
     known, failed = dict(shipped().host), {}
     for name, measure in HOST.items():
         try:

@@ -29,7 +29,7 @@ from . import gemm, traffic
 from .memory import memory
 from .rates import GPUS, Attention, Gemm, Rates, write
 from .shape import Architecture
-from .step import Setting, step
+from .step import Setting, attention_rate, step
 
 FILLS = (0.0, 32.0, 64.0, 96.0, 128.0, 192.0, 256.0)  # a pipeline has at most four stages of 64 in flight
 STARTS = (0.0, 1e-6, 2e-6, 3e-6, 4e-6, 6e-6)
@@ -137,8 +137,8 @@ def _saturating(rows: list[Row], size: int, direction: str, times: float) -> tup
     if short == long:
         return 1 / inverse[0], 0.0
     slope = (inverse[0] - inverse[-1]) / (1 / short - 1 / long)
-    flat = inverse[-1] - slope / long
-    return 1 / flat, max(slope / flat, 0.0)
+    flat = max(inverse[-1] - slope / long, inverse[-1] / 2)  # no peak is twice the rate of the longest
+    return 1 / flat, max((inverse[-1] - flat) * long / flat, 0.0)
 
 
 def _attention_flops(row: Row) -> float:
@@ -195,6 +195,11 @@ def errors(measured: Row, known: Rates) -> Iterator[Point]:
         if row["kind"] in traffic.CAST_BYTES:
             moved = traffic.CAST_BYTES[row["kind"]] * row["elements"] / known.cast[row["kind"]]
             yield _point(f"{row['kind']}, {row['elements'] / 1e6:.0f}M", row, row["seconds"] * 1e6, moved * 1e6, "µs")
+    for row in measured["attention"]:
+        for direction, times in (("forward", 1.0), ("backward", 2.5)):
+            what = f"attention {direction}, {row['sequence']} of {row['head_dim']}"
+            took = times * _attention_flops(row) / attention_rate(known, row["head_dim"], direction, row["sequence"])
+            yield _point(what, row, row[direction] * 1e6, took * 1e6, "µs")
     for row in measured["steps"]:
         took = step(architecture(row), setting(row), known).seconds
         yield _point(f"step: {row['name']}", row, seconds_of(row) * 1e3, took * 1e3, "ms")

@@ -147,11 +147,18 @@ def attention_seconds(model: Architecture, setting: Setting, known: Rates) -> fl
 
     The rate grows with the length of a sequence: peak * S / (S + half).
     """
-    row, s = known.attention_of(model.width), setting.sequence
+    s = setting.sequence
     forward = 4.0 * setting.tokens * s * model.context * (0.5 if setting.causal else 1.0)
-    ahead = forward / (row.forward * s / (s + row.forward_half))
-    back = 2.5 * forward / (row.backward * s / (s + row.backward_half))
+    ahead = forward / attention_rate(known, model.width, "forward", s)
+    back = 2.5 * forward / attention_rate(known, model.width, "backward", s)
     return (ahead + back) / known.sustained["bf16"] + 5 * known.kernel
+
+
+def attention_rate(known: Rates, head_dim: int, direction: str, sequence: int) -> float:
+    """FLOP/s of attention "forward" or "backward", alone."""
+    row = known.attention_of(head_dim)
+    peak, half = (row.forward, row.forward_half) if direction == "forward" else (row.backward, row.backward_half)
+    return peak * sequence / (sequence + half)
 
 
 def optimizer_seconds(parameters: int, setting: Setting, known: Rates) -> float:
