@@ -102,13 +102,28 @@ def _gemm(known: Rates, kind: str, points: list[Row]) -> Gemm:
     small = any(2.0 * math.prod(row["shape"]) < SMALL and row["shape"][0] > 64 for row in points)
     sibling = known.gemm.get(SIBLING.get(kind, ""))
     fills, starts = (FILLS, STARTS) if small or sibling is None else ((sibling.fill,), (sibling.start,))
-    tried = (Gemm(largest * p, fill, start) for fill in fills for start in starts for p in PEAKS)
-    return min(tried, key=lambda one: _misfit(known, kind, one, points))
+    tried = ((peak, fill, start) for fill in fills for start in starts for peak in (largest * p for p in PEAKS))
+    looks = {fill: [_look(known, kind, fill, row) for row in points] for fill in fills}
+    return Gemm(*min(tried, key=lambda one: _misfit(*one, looks[one[1]])))
 
 
-def _misfit(known: Rates, kind: str, one: Gemm, points: list[Row]) -> float:
-    table = dataclasses.replace(known, gemm={**known.gemm, kind: one})
-    return sum(abs(math.log(_product(row, table) / row["seconds"])) for row in points)
+Look = tuple[tuple[tuple[float, float], ...], float, float]
+
+
+def _look(known: Rates, kind: str, fill: float, row: Row) -> Look:
+    """What does not change with peak and start: the ways to compute, the seconds of reading, those measured."""
+    m, n, k = row["shape"]
+    possible = gemm.ways(m, n, k, fill, known.multiprocessors, known.copy, known.kernel)
+    return possible, gemm.reading(m, n, k, kind) / known.copy, row["seconds"]
+
+
+def _misfit(peak: float, fill: float, start: float, points: list[Look]) -> float:
+    """`gemm.seconds` against what was measured."""
+    total = 0.0
+    for possible, reading, measured in points:
+        compute = min(work / peak + more for work, more in possible)
+        total += abs(math.log((start + max(compute, reading)) / measured))
+    return total
 
 
 def _product(row: Row, known: Rates) -> float:

@@ -19,6 +19,7 @@ reuse), and power: the same product runs up to a third faster on a cool GPU, whi
 from __future__ import annotations
 
 import math
+from functools import cache
 from itertools import product
 
 from .rates import Rates
@@ -45,22 +46,44 @@ def seconds(m: int, n: int, k: int, kind: str, rates: Rates) -> float:
     kind   "bf16", "tensor fast", "tensor promoted", "row fast", "row promoted", "1x128 128x128" or "1x128 1x128"
     """
     row = rates.gemm[kind]
-    compute = min(_compute(m, n, k, kind, tile, split, rates) for tile, split in product(TILES, SPLITS))
-    operand = OPERAND_BYTES.get(kind, 1.0)
-    read = (operand * (float(m) * k + float(n) * k) + 2.0 * m * n) / rates.copy
-    return row.start + max(compute, read)
+    possible = ways(m, n, k, row.fill, rates.multiprocessors, rates.copy, rates.kernel)
+    compute = min(work / row.peak + more for work, more in possible)
+    return row.start + max(compute, reading(m, n, k, kind) / rates.copy)
 
 
-def _compute(m: int, n: int, k: int, kind: str, tile: tuple[int, int, float], split: int, rates: Rates) -> float:
-    """Seconds on the tensor cores with one tile and one split of K; infinite where the split is too fine."""
-    if split > 1 and k < split * SHORTEST:
-        return math.inf
+def reading(m: int, n: int, k: int, kind: str) -> float:
+    """Bytes of both operands and the output, each once."""
+    return OPERAND_BYTES.get(kind, 1.0) * (float(m) * k + float(n) * k) + 2.0 * m * n
+
+
+@cache
+def ways(
+    m: int, n: int, k: int, fill: float, at_once: int, copy: float, kernel: float
+) -> tuple[tuple[float, float], ...]:
+    """What each tile and split of K costs: FLOPs of full waves at peak efficiency, and seconds beside them for the
+    partial sums of a split. Only those that no other one beats in both."""
+    found = sorted(
+        (_split_seconds(m, n, split, copy, kernel), _work(m, n, k, fill, tile, split, at_once))
+        for tile, split in product(TILES, SPLITS)
+        if split == 1 or k >= split * SHORTEST
+    )
+    best, kept = math.inf, []
+    for more, work in found:
+        if work < best:
+            best = work
+            kept.append((work, more))
+    return tuple(kept)
+
+
+def _work(m: int, n: int, k: int, fill: float, tile: tuple[int, int, float], split: int, at_once: int) -> float:
     rows, cols, efficiency = tile
-    row, at_once = rates.gemm[kind], rates.multiprocessors
     waves = math.ceil(math.ceil(m / rows) * math.ceil(n / cols) * split / at_once)
-    busy = waves * at_once * 2.0 * rows * cols * (k / split + row.fill) / (row.peak * efficiency)
-    partial = 0.0 if split == 1 else 4.0 * m * n * (split + 1) / rates.copy + rates.kernel
-    return busy + partial
+    return waves * at_once * 2.0 * rows * cols * (k / split + fill) / efficiency
+
+
+def _split_seconds(m: int, n: int, split: int, copy: float, kernel: float) -> float:
+    """Writing FP32 partial sums, and reading them in one more kernel."""
+    return 0.0 if split == 1 else 4.0 * m * n * (split + 1) / copy + kernel
 
 
 def kind_of(recipe_kind: str, accumulate: str) -> str:
