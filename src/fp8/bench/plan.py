@@ -1,6 +1,6 @@
 """Is `fp8 plan` right? Five steps, predicted beside measured: time and peak memory, BF16 and FP8.
 
-    python -m fp8.bench.plan --out DIR [--only WORD ...] [--recipe tensorwise] [--fused]
+    python -m fp8.bench.plan --out DIR [--only WORD ...] [--recipe tensorwise] [--fused] [--keep]
 
     4 Llama-3-8B layers            forward and backward          the shape that the table is fitted on (2 of its layers)
     Llama-3.2-1B                   whole step, head and AdamW    not fitted
@@ -13,16 +13,19 @@ Whole steps: FP32 parameters under BF16 autocast, cross entropy, clipping, fused
 does. All compiled. The prediction is asked before the measurement runs, of the table in the package. `--fused` predicts
 with producers that emit codes, for when `fp8.TransformerLayer` has them.
 
-A step counts as predicted within 10 %. `plan.json` is written after each arm, so a time limit costs only what was left.
+A step counts as predicted within 10 %. `plan.json` is written after each arm, so a time limit costs only what was left;
+`--keep` then adds to it.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -199,6 +202,10 @@ def line(found: dict[str, Any], seconds: float, gib: float) -> str:
     )
 
 
+def _before(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8"))["results"]["steps"] if path.is_file() else []
+
+
 def main(arguments: list[str] | None = None) -> None:
     """See the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,8 +213,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", default=[], help="only cases whose name holds one of these words")
     parser.add_argument("--recipe", default="tensorwise", help="of the FP8 arm")
     parser.add_argument("--fused", action="store_true", help="predict producers that emit codes")
+    parser.add_argument("--keep", action="store_true", help="keep what plan.json holds of other arms")
     options = parser.parse_args(arguments)
-    steps, failed = [], {}
+    steps, failed = _before(Path(options.out) / "plan.json") if options.keep else [], {}
     print(HEAD)
     for case in cases():
         if options.only and not any(word in case.name for word in options.only):
@@ -215,6 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
         for recipe in (None, options.recipe):
             fused = options.fused and recipe is not None
             seconds, gib = predicted(case, recipe, fused)
+            steps = [old for old in steps if old["name"] != f"{case.name}, {recipe or 'bf16'}"]
             try:
                 steps.append(row(case, recipe, held=True, fused=fused))
             except Exception as error:  # noqa: BLE001 - a benchmark goes on, and says what failed
