@@ -68,7 +68,7 @@ def test_what_bench_rates_writes_is_what_the_fit_reads(tmp_path: Path, monkeypat
     monkeypatch.setattr(rates, "_calls", lambda kind, pairs: [])
     monkeypatch.setattr(rates, "_repeated", lambda run, times=8: 1e-3)
     monkeypatch.setattr(rates, "HOST", {"op": lambda: 5e-6, "cast": lambda: 1 / 0})
-    monkeypatch.setattr(rates, "steps", lambda out: steps)
+    monkeypatch.setattr(rates, "steps", lambda out, fused: steps)
     monkeypatch.setattr(rates, "machine", dict)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(

@@ -121,6 +121,14 @@ def test_a_graph_takes_the_host_away() -> None:
     assert graph.bf16.step.seconds < eager.bf16.step.seconds
 
 
+@pytest.mark.parametrize("tokens", [1024, 4096, 8192, 16384, 65536])
+@pytest.mark.parametrize("model", ["gpt2-124m", "gpt2-1.5b", "llama-3.2-1b"])
+def test_what_is_decided_is_never_slower(model: str, tokens: int) -> None:
+    """Whether the GPU or the host is waited for: the promise of `only_if_faster`, for the whole step."""
+    for recipe in ("tensorwise", "delayed", "rowwise", "blockwise"):
+        assert plan(model, tokens, recipe=recipe).gain >= 1 - 1e-9
+
+
 def test_days_and_cost_are_tokens_over_rate() -> None:
     found = plan("llama-3.2-1b", 16384, gpus=8, total_tokens=1e12, price=2.0)
     side = found.fp8
@@ -154,6 +162,11 @@ def test_what_does_not_fit_is_told_by_how_much_and_what_helps() -> None:
         ConfigError, match=r"needs [\d.]+ GiB, [\d.]+ more than .* an H200's 139.8\. What helps: .*--gpus 2"
     ):
         check(found)
+
+
+def test_a_verdict_says_that_it_does_not_fit() -> None:
+    assert plan("llama-3-8b", 16384).verdict.endswith("It does not fit into the GPU as it is.")
+    assert "not fit" not in plan("llama-3-8b", 16384, gpus=8).verdict
 
 
 def test_each_way_that_helps_does() -> None:

@@ -25,6 +25,7 @@ def test_delayed_saves_the_read_for_the_amax() -> None:
     current, delayed = (linear_gain(16384, 4096, 4096, Recipe.of(name)).fp8 for name in ("tensorwise", "delayed"))
     assert delayed.products == current.products
     assert delayed.activations < current.activations
+    assert delayed.host > current.host
 
 
 def test_micro_batches_share_the_weight() -> None:

@@ -204,12 +204,16 @@ def setting_of(request: Request, sequence: int, recipe: Recipe | None) -> Settin
 
 
 def decide(model: Architecture, low: Setting, known: Rates) -> tuple[tuple[Decision, ...], frozenset[str]]:
-    """Each kind of layer, and the names of those that stay in BF16. Where the whole step waits for the GPU a layer's
-    own launches do not count; where it waits for the host they do."""
-    waits = step(model, low, known).host_bound
-    found = [_decide(product, low, not waits, known) for product in model.products()]
-    keep = frozenset(d.name for d in found if not d.fp8)
-    return (*found, *_others(model, low, not waits, known)), keep
+    """Each kind of layer, and the names of those that stay in BF16. A layer's own launches count where the step waits
+    for the host and not where it waits for the GPU, so both are tried, and the whole step decides."""
+    options = []
+    for graph in (True, False):
+        found = [_decide(product, low, graph, known) for product in model.products()]
+        keep = frozenset(d.name for d in found if not d.fp8)
+        seconds = step(model, dataclasses.replace(low, keep=keep), known).seconds
+        options.append((seconds, (*found, *_others(model, low, graph, known)), keep))
+    _, decisions, keep = min(options, key=lambda option: option[0])
+    return decisions, keep
 
 
 def _decide(product: Product, low: Setting, graph: bool, known: Rates) -> Decision:
@@ -260,7 +264,8 @@ def verdict(found: Plan) -> str:
             f"Do not use FP8: {tells}, {found.gain - 1:+.1%}, and below {WORTH - 1:.0%} neither the model nor the gain "
             f"counts. {_what_limits(found)}"
         )
-    return f"Use FP8: {tells}, {found.gain:.2f} times as fast. {_what_limits(found)}"
+    fits = "" if found.fits else " It does not fit into the GPU as it is."
+    return f"Use FP8: {tells}, {found.gain:.2f} times as fast. {_what_limits(found)}{fits}"
 
 
 def _what_limits(found: Plan) -> str:

@@ -25,7 +25,7 @@ def draw_plan(found: Plan) -> RenderableType:
     model, request = found.model, found.request
     gpus = f"{request.gpus} x {request.gpu.upper()}"
     title = (
-        f"{model.name}: {model.parameters / 1e9:.2f} billion parameters, {request.tokens} tokens a step and GPU in "
+        f"{model.name}: {_count(model.parameters)} parameters, {request.tokens} tokens a step and GPU in "
         f"sequences of {found.sequence}, {gpus}, recipe {found.recipe.name}, {build(found)}"
     )
     colour = "green" if found.use_fp8 else "yellow"
@@ -37,6 +37,10 @@ def draw_plan(found: Plan) -> RenderableType:
         Text(found.verdict, style=f"bold {colour}"),
         *_notes(found),
     )
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} billion" if parameters >= 1e9 else f"{parameters / 1e6:.1f} million"
 
 
 def build(found: Plan) -> str:
@@ -66,7 +70,7 @@ def _step(found: Plan) -> Table:
 def _step_rows(found: Plan, high: Side, low: Side) -> Iterator[tuple[str, str, str, str]]:
     yield "ms a step", f"{high.step.seconds * 1e3:.1f}", f"{low.step.seconds * 1e3:.1f}", f"{found.gain:.2f} times"
     yield "tokens/s and GPU", f"{high.tokens_per_second:,.0f}", f"{low.tokens_per_second:,.0f}", ""
-    yield "of 989 TFLOP/s in BF16", f"{high.utilization:.0%}", f"{low.utilization:.0%}", ""
+    yield "utilization, of 989 TFLOP/s", f"{high.utilization:.0%}", f"{low.utilization:.0%}", ""
     yield "peak GiB", f"{high.memory.gib:.1f}", f"{low.memory.gib:.1f}", f"of {found.known.gpu.memory_gib}"
     if high.days is not None and low.days is not None:
         yield "days", f"{high.days:,.1f}", f"{low.days:,.1f}", f"{high.days - low.days:,.1f} fewer"

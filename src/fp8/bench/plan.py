@@ -1,6 +1,6 @@
 """Is `fp8 plan` right? Five steps, predicted beside measured: time and peak memory, BF16 and FP8.
 
-    python -m fp8.bench.plan --out DIR [--only WORD ...] [--recipe tensorwise] [--fused] [--keep]
+    python -m fp8.bench.plan --out DIR [--only WORD ...] [--recipe tensorwise] [--fused fp8] [--keep]
 
     4 Llama-3-8B layers            forward and backward          the shape that the table is fitted on (2 of its layers)
     Llama-3.2-1B                   whole step, head and AdamW    not fitted
@@ -10,8 +10,8 @@
 
 Whole steps: FP32 parameters under BF16 autocast, cross entropy, clipping, fused AdamW, weight codes refreshed once, as
 `fp8 train` does. Stacks: BF16 parameters, no optimizer, every step quantizes the weights anew, as `fp8 bench layer`
-does. All compiled. The prediction is asked before the measurement runs, of the table in the package. `--fused` predicts
-with producers that emit codes, for when `fp8.TransformerLayer` has them.
+does. All compiled. The prediction is asked before the measurement runs, of the table in the package. `--fused fp8`
+(or `all`: BF16 too) predicts with fused producers, for when `fp8.TransformerLayer` runs them.
 
 A step counts as predicted within 10 %. `plan.json` is written after each arm, so a time limit costs only what was left;
 `--keep` then adds to it.
@@ -41,6 +41,7 @@ from .machine import save
 DEVICE = "cuda"
 WARM, TIMED, LIMIT = 4, 9, 0.10
 FITTED = (None, "tensorwise")
+FUSED = ("no", "fp8", "all")
 Run = Callable[[], Any]
 
 
@@ -190,6 +191,11 @@ def predicted(case: Case, recipe: str | None, fused: bool) -> tuple[float, float
     return step(case.model, setting).seconds, memory(case.model, setting).gib
 
 
+def is_fused(which: str, recipe: str | None) -> bool:
+    """Whether an arm's producers are fused: "no", "fp8" or "all"."""
+    return which == "all" or (which == "fp8" and recipe is not None)
+
+
 HEAD = f"{'':34}{'predicted ms':>13}{'measured':>10}{'off':>8}{'predicted GiB':>15}{'measured':>10}{'off':>8}   in 10 %"
 
 
@@ -212,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", default="bench/results", help="folder for plan.json")
     parser.add_argument("--only", nargs="*", default=[], help="only cases whose name holds one of these words")
     parser.add_argument("--recipe", default="tensorwise", help="of the FP8 arm")
-    parser.add_argument("--fused", action="store_true", help="predict producers that emit codes")
+    parser.add_argument("--fused", choices=FUSED, default="no", help="which arms are predicted with fused producers")
     parser.add_argument("--keep", action="store_true", help="keep what plan.json holds of other arms")
     options = parser.parse_args(arguments)
     steps, failed = _before(Path(options.out) / "plan.json") if options.keep else [], {}
@@ -221,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.only and not any(word in case.name for word in options.only):
             continue
         for recipe in (None, options.recipe):
-            fused = options.fused and recipe is not None
+            fused = is_fused(options.fused, recipe)
             seconds, gib = predicted(case, recipe, fused)
             steps = [old for old in steps if old["name"] != f"{case.name}, {recipe or 'bf16'}"]
             try:

@@ -1,6 +1,6 @@
 """What `fp8 plan` and `convert(only_if_faster=True)` go by, measured: products, casts, copies, attention, launches.
 
-    python -m fp8.bench.rates --out DIR [--table]
+    python -m fp8.bench.rates --out DIR [--table] [--fused fp8]
 
 About two minutes on an H200, of which compiling takes half. Writes `rates.json`, fits the table that the package
 ships, and prints every point beside its prediction; with `--table` the package's own table (`src/fp8/cost/rates.json`)
@@ -259,11 +259,12 @@ HOST: dict[str, Callable[[], float]] = {
 # --------------------------------------------------------------------------- everything
 
 
-def steps(out: Path, layers: int = 2) -> list[dict[str, Any]]:
+def steps(out: Path, fused: str = "no", layers: int = 2) -> list[dict[str, Any]]:
     """Two compiled steps that are fitted, and those of `plan.json`, or of the last run, that are not."""
     from . import plan
 
-    fitted = [plan.row(case, arm, held=False) for case in (plan.llama(layers),) for arm in plan.FITTED]
+    case = plan.llama(layers)
+    fitted = [plan.row(case, arm, held=False, fused=plan.is_fused(fused, arm)) for arm in plan.FITTED]
     name = out / "plan.json"
     if name.is_file():
         return fitted + json.loads(name.read_text(encoding="utf-8"))["results"]["steps"]
@@ -273,7 +274,7 @@ def steps(out: Path, layers: int = 2) -> list[dict[str, Any]]:
     return fitted
 
 
-def measure(out: Path) -> dict[str, Any]:
+def measure(out: Path, fused: str = "no") -> dict[str, Any]:
     start = time.perf_counter()
     launch, failed = launches()
     results: dict[str, Any] = {
@@ -281,7 +282,7 @@ def measure(out: Path) -> dict[str, Any]:
         "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
     }
     for name, make in (("gemm", products), ("copy", copies), ("elementwise", elementwise), ("cast", casts),
-                       ("attention", attentions), ("steps", lambda: steps(out))):  # fmt: skip
+                       ("attention", attentions), ("steps", lambda: steps(out, fused))):  # fmt: skip
         results[name] = list(make())
         print(f"{name}: {len(results[name])} points, {time.perf_counter() - start:.0f} s", flush=True)
     results["launch"] = launch
@@ -296,10 +297,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="bench/results", help="folder for rates.json")
     parser.add_argument("--table", action="store_true", help="replace the package's table by the fit")
+    parser.add_argument("--fused", choices=("no", "fp8", "all"), default="no", help="which steps run fused producers")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     print(json.dumps(machine()), flush=True)
-    results = measure(Path(options.out))
+    results = measure(Path(options.out), options.fused)
     path = save(options.out, "rates", results)
     table = fit.TABLE if options.table else Path(options.out) / "rates_table.json"
     print(fit.main(str(path), table))
