@@ -121,7 +121,7 @@ def test_a_graph_takes_the_host_away() -> None:
     assert graph.bf16.step.seconds < eager.bf16.step.seconds
 
 
-@pytest.mark.parametrize("tokens", [1024, 4096, 8192, 16384, 65536])
+@pytest.mark.parametrize("tokens", [1024, 8192, 65536])
 @pytest.mark.parametrize("model", ["gpt2-124m", "gpt2-1.5b", "llama-3.2-1b"])
 def test_what_is_decided_is_never_slower(model: str, tokens: int) -> None:
     """Whether the GPU or the host is waited for: the promise of `only_if_faster`, for the whole step."""

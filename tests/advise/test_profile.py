@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 import fp8
-from fp8.advise import profile
+from fp8.advise import Profile, profile
+from fp8.advise.events import events_of
+from fp8.advise.findings import Facts, Sync, analyse
 from fp8.advise.profile import modules_of
 from fp8.advise.script import load_step
 from fp8.advise.syncs import find_syncs
@@ -173,6 +175,29 @@ def test_a_target_that_is_none_is_refused(tmp_path: Path, target: str, message: 
     (tmp_path / "other_training.py").write_text(SCRIPT)
     with pytest.raises(ConfigError, match=message):
         load_step(target.format(file=tmp_path / "other_training.py"))
+
+
+def test_a_profile_of_a_gpu_is_drawn_whole() -> None:
+    """From the trace on: a kernel, a wait of the host, and a kernel that was launched after it."""
+    raw = [
+        ("cuda_runtime", "cudaLaunchKernel", 0, 2, {"correlation": 1}),
+        ("kernel", "nvjet_sm90_qqtst_192x192", 10, 990, {"correlation": 1, "stream": 7}),
+        ("cuda_runtime", "cudaStreamSynchronize", 5, 997, {"correlation": 2}),
+        ("cuda_driver", "cuLaunchKernelEx", 1100, 2, {"correlation": 3}),
+        ("kernel", "cast_tiles", 1110, 900, {"correlation": 3, "stream": 7}),
+    ]
+    trace = {"traceEvents": [
+        {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "tid": 1, "args": args}
+        for cat, name, ts, dur, args in raw
+    ]}  # fmt: skip
+    syncs = (Sync("a value is read on the host", "train.py:12 in step: loss.item()"),)
+    analysis = analyse(events_of(trace), 1, syncs, Facts(("up",), (), {"up": 2}, {}, "delayed"))
+    text = str(Profile(analysis, syncs, Facts(recipe="delayed"), "NVIDIA H200", "2.11.0"))
+    words = ["2.00 ms a step", "FP8 recipe delayed", "FP8 products", "0.990", "0.110", "way out"]
+    words += ["idle: the host waited for the GPU", "train.py:12 in step: loss.item()", "quantized 2 times a step"]
+    for word in words:
+        assert word in text, word
+    assert analysis.busy_ms == pytest.approx(1.89)
 
 
 @pytest.mark.gpu

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8 import quantize, quantize_both
+from fp8 import quantize
 from fp8.attention import attention
 from fp8.cost import fit, traffic
 from fp8.cost import rates as shipped
@@ -73,6 +73,7 @@ CASTS = {"both tensor": "tensor", "both tensor given": "tensor", "both row": "ro
 ATTENTION = ((128, (1024, 2048, 4096, 8192, 16384)), (64, (1024, 2048, 8192)))
 FITTED_LENGTHS = (1024, 8192)
 DEVICE = "cuda"
+E4M3 = format_of("e4m3")
 TOKENS = 16384  # of attention, in sequences of each length
 L2 = 120e6  # bytes of operands that no L2 holds
 BUSY = 15e-3  # seconds that a graph keeps the GPU busy
@@ -159,9 +160,9 @@ def casts() -> Iterator[dict[str, Any]]:
     for rows, cols in ((16384, 4096), (16384, 14336), (8192, 8192)):
         x = normal(rows, cols)
         given = torch.full((1, 1), 2.0**-6, device=DEVICE)
-        for kind, tile in CASTS.items():
-            scale = given if kind.endswith("given") else None
-            seconds = graph_seconds([lambda x=x, t=tile, s=scale: quantize_both(x, "e4m3", t, scale=s)])
+        for kind, name in CASTS.items():
+            scale, tile = given if kind.endswith("given") else None, Tile.of(name)
+            seconds = graph_seconds([lambda x=x, t=tile, s=scale: run_quantize_both(x, s, E4M3, t, True)])
             yield {"kind": kind, "elements": rows * cols, "seconds": seconds, "held": rows == cols, "source": SOURCE}
 
 
@@ -229,10 +230,10 @@ def _ops(compiled: bool) -> float:
 
 
 def _casts(compiled: bool) -> float:
-    many, row, tile = [normal(256, 256) for _ in range(32)], format_of("e4m3"), Tile.of("tensor")
+    many, tile = [normal(256, 256) for _ in range(32)], Tile.of("tensor")
 
     def run() -> list[Tensor]:
-        return [run_quantize_both(x, None, row, tile, True)[0] for x in many]
+        return [run_quantize_both(x, None, E4M3, tile, True)[0] for x in many]
 
     return host_seconds(torch.compile(run) if compiled else run, len(many))
 
