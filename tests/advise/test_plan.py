@@ -129,6 +129,14 @@ def test_what_is_decided_is_never_slower(model: str, tokens: int) -> None:
         assert plan(model, tokens, recipe=recipe).gain >= 1 - 1e-9
 
 
+def test_fused_producers_are_as_fast_without_a_compiler() -> None:
+    """`TransformerLayer` in eager mode against itself compiled: head and loss apart, the GPU does the same."""
+    compiled, eager = (plan("llama-3-8b", 16384, gpus=8, fused=True, eager=eager).fp8.step for eager in (False, True))
+    apart = {kind for kind in compiled.parts if compiled.parts[kind] != eager.parts[kind]}
+    assert apart == {"loss"}
+    assert not eager.host_bound
+
+
 def test_days_and_cost_are_tokens_over_rate() -> None:
     found = plan("llama-3.2-1b", 16384, gpus=8, total_tokens=1e12, price=2.0)
     side = found.fp8
@@ -193,7 +201,6 @@ def test_each_way_that_helps_does() -> None:
         ({"tokens": 16, "gpu": "H20"}, "Did you mean 'H200'"),
         ({"tokens": 16, "state": "fp8"}, "'fp32' .* or 'bf16'"),
         ({"tokens": 16, "recipe": "rowise"}, "Did you mean 'rowwise'"),
-        ({"tokens": 16, "fused": True, "eager": True}, "exclude each other"),
         ({"tokens": 4096, "sequence": 2048}, "1024 learned positions"),
     ],
 )

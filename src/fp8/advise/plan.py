@@ -64,8 +64,6 @@ class Request:
             )
         if self.state not in STATES:
             raise ConfigError(f"state cannot be {self.state!r}: 'fp32' (master weights, as fp8 train) or 'bf16'.")
-        if self.fused and self.eager:
-            raise ConfigError("fused and eager exclude each other: fused producers are one kernel either way.")
 
 
 STATES = {"fp32": 4, "bf16": 2}

@@ -45,7 +45,7 @@ def _count(parameters: int) -> str:
 
 def build(found: Plan) -> str:
     request = found.request
-    words = ["fused producers" if request.fused else "eager" if request.eager else "converted and compiled"]
+    words = ["fused producers" if request.fused else "converted", "eager" if request.eager else "compiled"]
     words += ["CUDA graph"] if request.graph else []
     return ", ".join([*words, f"state in {request.state.upper()}"])
 

@@ -210,6 +210,10 @@ def errors(measured: Row, known: Rates) -> Iterator[Point]:
         if row["kind"] in traffic.CAST_BYTES:
             moved = traffic.CAST_BYTES[row["kind"]] * row["elements"] / known.cast[row["kind"]]
             yield _point(f"{row['kind']}, {row['elements'] / 1e6:.0f}M", row, row["seconds"] * 1e6, moved * 1e6, "µs")
+    for section, rate in (("copy", known.copy), ("elementwise", known.elementwise)):
+        for row in measured[section]:
+            what = f"{row.get('what', section)}, {row['bytes'] / 1e6:.0f} MB"
+            yield _point(what, row, row["seconds"] * 1e6, row["bytes"] / rate * 1e6, "µs")
     for row in measured["attention"]:
         for direction, times in (("forward", 1.0), ("backward", 2.5)):
             what = f"attention {direction}, {row['sequence']} of {row['head_dim']}"
