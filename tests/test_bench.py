@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from fp8.bench import plan, rates
 from fp8.bench.command import command
 from fp8.bench.table import markdown
+from fp8.cost import fit
 from fp8.errors import BackendError, ConfigError
+from fp8.models.llama import DecoderConfig
 
 HERE = Path(__file__).parent.parent
 
@@ -27,3 +32,55 @@ def test_an_unknown_measurement_is_named_with_the_nearest() -> None:
 def test_without_a_gpu_it_says_what_runs_instead() -> None:
     with pytest.raises(BackendError, match=r"needs a CUDA device.*`fp8 demo` runs on any machine"):
         command(["gemm"])
+
+
+TINY = DecoderConfig(64, 32, 64, 2, 2, 1, 32, tie_embeddings=True)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("recipe", [None, "tensorwise"])
+def test_the_steps_of_bench_plan_train(whole: bool, recipe: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The very functions that are timed on a GPU, run once on the CPU, uncompiled."""
+    monkeypatch.setattr(plan, "DEVICE", "cpu")
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(plan, "timed", lambda run: {"seconds": 1.0, "peak_gib": float(run() is None)})
+    case = plan.Case("tiny", TINY, 2, 16, whole)
+    found = plan.row(case, recipe, held=True)
+    assert fit.architecture(found) == case.model
+    assert fit.setting(found) == case.setting(recipe, fused=False)
+    assert "tiny" in plan.line(found, *plan.predicted(case, recipe, fused=False))
+
+
+def test_bench_plan_has_five_shapes_of_which_one_is_fitted() -> None:
+    assert len(plan.cases()) == 5
+    assert all(not case.whole or case.config.vocab_size > 50000 for case in plan.cases())
+
+
+def test_what_bench_rates_writes_is_what_the_fit_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole measurement with clocks that lie, on the CPU: every section there, every kind, and a table from it."""
+    steps: list[dict[str, Any]] = json.loads((HERE / "bench/results/rates.json").read_text())["results"]["steps"]
+    monkeypatch.setattr(rates, "DEVICE", "cpu")
+    monkeypatch.setattr(rates, "TOKENS", 32)
+    monkeypatch.setattr(rates, "ATTENTION", ((64, (8, 16, 32)), (128, (8, 32))))
+    monkeypatch.setattr(rates, "FITTED_LENGTHS", (8, 32))
+    monkeypatch.setattr(rates, "normal", lambda *shape: torch.zeros(1, device="meta").expand(*shape))
+    monkeypatch.setattr(rates, "graph_seconds", lambda calls, least=0.0: 1e-3)
+    monkeypatch.setattr(rates, "_calls", lambda kind, pairs: [])
+    monkeypatch.setattr(rates, "_repeated", lambda run, times=8: 1e-3)
+    monkeypatch.setattr(rates, "HOST", {"op": lambda: 5e-6, "cast": lambda: 1 / 0})
+    monkeypatch.setattr(rates, "steps", lambda out, fused: steps)
+    monkeypatch.setattr(rates, "machine", dict)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: type("P", (), {"multi_processor_count": 132})
+    )
+    results = json.loads(json.dumps(rates.measure(tmp_path)))
+    assert {row["kind"] for row in results["gemm"]} == {"bf16", *rates.KINDS}
+    known = fit.fit(results)
+    assert known.host["op"] == 5e-6
+    assert "ZeroDivisionError" in known.estimates["host cast"]
+    assert len(list(fit.errors(results, known))) > 150
+
+
+def test_a_shape_that_is_held_out_is_measured() -> None:
+    assert {*rates.LLAMA, *rates.MIDDLE, *rates.SMALL, *rates.DECODE} >= rates.HELD

@@ -32,10 +32,11 @@ ROOMS: tuple[str, ...] = (
         "quantize",
         "matmul",
         "scaling",
+        "cost",
         "fused",
     ),
-    *("attention", "distributed", "nn", "models", "checkpoint", "train", "calibrate", "evaluate", "advise", "serve"),
-    *("report", "playground", "bench", "demo", "cli", "__main__"),
+    *("attention", "distributed", "nn", "models", "checkpoint", "train", "calibrate", "evaluate", "serve"),
+    *("report", "advise", "playground", "bench", "demo", "cli", "__main__"),
 )
 NAMELESS = {"utils", "util", "common", "core", "helpers", "helper", "base", "misc"}
 MOST_LINES = 400  # a kernel may be longer

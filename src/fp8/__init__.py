@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .formats import FORMATS, Format
@@ -27,6 +28,7 @@ from .recipe import Recipe
 from .tile import Tile
 
 if TYPE_CHECKING:
+    from . import advise
     from .train.optimizer import adjust_hyperparameters
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "Tile",
     "TransformerLayer",
     "adjust_hyperparameters",
+    "advise",
     "attach",
     "autocast",
     "convert",
@@ -64,4 +67,6 @@ def __getattr__(name: str) -> Any:
         from .train.optimizer import adjust_hyperparameters
 
         return adjust_hyperparameters
+    if name == "advise":
+        return importlib.import_module(".advise", __name__)
     raise AttributeError(f"module 'fp8' has no attribute {name!r}")

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from . import __version__
+from .advise.command import plan_command, profile_command
 from .bench.command import command as bench_command
 from .errors import Fp8Error
 from .evaluate.command import command as eval_command
@@ -119,6 +120,8 @@ def formats(
 
 app.command("bench")(bench_command)
 app.command("eval")(eval_command)
+app.command("plan")(plan_command)
+app.command("profile")(profile_command)
 app.command("train")(train_command())  # its flags are the settings of TrainConfig
 
 

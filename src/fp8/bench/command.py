@@ -16,13 +16,15 @@ MEASUREMENTS = {
     "quantize": "bytes against the reference, and bandwidth",
     "gemm": "FP8 products beside BF16",
     "train": "training steps beside BF16, torchao and TransformerEngine",
+    "rates": "what `fp8 plan` goes by: products, casts, attention, launches",
+    "plan": "five steps, predicted beside measured",
     "emulation": "the emulated accumulator against the real one, whole outputs",
 }
 
 
 def command(
     names: Annotated[
-        list[str] | None, typer.Argument(help="quantize, gemm, train, emulation; all without a name")
+        list[str] | None, typer.Argument(help="quantize, gemm, train, rates, plan, emulation; all without a name")
     ] = None,
     out: Annotated[Path, typer.Option(help="folder for the JSON files")] = Path("bench/results"),
 ) -> None:

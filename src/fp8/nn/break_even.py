@@ -1,14 +1,13 @@
-"""When is an FP8 layer faster than BF16? A model of one layer's training step, from measured rates.
+"""When is an FP8 layer faster than BF16? The question of `convert(only_if_faster=True)`, asked of one module.
 
-BF16 multiplies three times. FP8 multiplies three times at a higher rate, and also reads x, w and grad and writes their
-codes in two orientations: 4 bytes an element for cast and transpose, 2 more where the amax must be found first. The
-layer pays when
+The answer is `fp8.cost`'s: a model of the layer's training step from measured rates. It is a pure function of shape,
+recipe and kind of device and never times anything, so that a model converts the same way twice. A converted layer
+stands alone, so nothing is fused, and without `fp8.attach` every forward quantizes the weight: that is what is counted.
 
-    6 M N K / bf16  >  2 M N K (1 / fast + 2 / promoted)  +  bytes / bandwidth  +  launches
-
-Rates are medians measured on one H200 (torch 2.11, cuBLASLt 13.1; see `docs/log.md`); a ratio decides, so other Hopper
-GPUs behave alike. The rule is a pure function of shape and device: it never times anything, so that a model converts
-the same way twice.
+Convolutions are asked apart. Ours multiplies im2col rows: with a kernel of 3 x 3 that writes, casts and reads each
+input nine times, and cuDNN's BF16 kernel reads it once. No shape has been measured where that pays, so they stay; a
+1 x 1 kernel is a product like any other, but for two transposing copies (r2 w2 of input and output, and of both
+gradients).
 """
 
 from __future__ import annotations
@@ -16,14 +15,10 @@ from __future__ import annotations
 from torch import nn
 
 from ..backends import why_not_hopper
+from ..cost import linear_gain, rates
 from ..recipe import Recipe
 
-BF16 = 660e12
-FAST = 1300e12
-PROMOTED = 1250e12
-BLOCKED = 1100e12
-BANDWIDTH = 3.6e12
-LAUNCH = 5e-6
+TRANSPOSING = 8.0  # bytes an element of a 1 x 1 convolution's input and output
 
 
 def gain(module: nn.Module, recipe: Recipe, tokens: int) -> tuple[float, str]:
@@ -34,19 +29,17 @@ def gain(module: nn.Module, recipe: Recipe, tokens: int) -> tuple[float, str]:
     reason = why_not_hopper(weight.device)
     if reason is not None:
         return 0.0, f"not faster: {reason}"
-    ratio = predict(tokens, weight.shape[0], weight[0].numel(), recipe)
+    if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
+        size = " x ".join(map(str, module.kernel_size))
+        return 0.0, f"not faster: no {size} convolution has been measured faster than cuDNN's BF16"
+    copied = isinstance(module, nn.Conv2d)
+    ratio = predict(tokens, weight.shape[0], weight[0].numel(), recipe, weight.element_size(), copied)
     word = "faster" if ratio > 1 else "not faster"
     return ratio, f"{word}: {ratio:.2f} times BF16 predicted at {tokens} rows"
 
 
-def predict(m: int, n: int, k: int, recipe: Recipe) -> float:
-    """The predicted speed-up of a layer [m, k] x [n, k]."""
-    high = 6.0 * m * n * k / BF16 + 3 * LAUNCH
-    rates = [
-        BLOCKED if recipe.blocked(product) else FAST if getattr(recipe.accumulate, product) == "fast" else PROMOTED
-        for product in ("forward", "grad_x", "grad_w")
-    ]
-    elements = float(m) * k + float(n) * k + float(m) * n
-    each = 4 if recipe.delayed or not recipe.x.tile.constant_along_k else 6
-    low = sum(2.0 * m * n * k / rate for rate in rates) + each * elements / BANDWIDTH + 9 * LAUNCH
-    return high / low
+def predict(m: int, n: int, k: int, recipe: Recipe, weight_bytes: int = 2, copied: bool = False) -> float:
+    """The predicted speed-up of a layer [m, k] x [n, k]; `copied` for a 1 x 1 convolution."""
+    found = linear_gain(m, n, k, recipe, weight_bytes=weight_bytes)
+    copies = TRANSPOSING * m * (n + k) / rates().elementwise if copied else 0.0
+    return found.bf16.seconds / (found.fp8.seconds + copies)
