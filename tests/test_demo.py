@@ -142,8 +142,10 @@ def test_an_interrupted_demo_goes_on(finished: tuple[Path, str, dict[str, Any]],
     with pytest.raises(KeyboardInterrupt):
         demo.run(make(tmp_path / "out"))
     monkeypatch.undo()
-    again = json.loads(demo.run(make(tmp_path / "out")).read_text())["arms"][1]
-    whole = finished[2]["arms"][1]
+    resumed = json.loads(demo.run(make(tmp_path / "out")).read_text())
+    assert "s since it was resumed" in table.caption(resumed)  # what came before is not in the seconds
+    assert "since" not in table.caption(finished[2])
+    again, whole = resumed["arms"][1], finished[2]["arms"][1]
     for what in ("losses", "validation_loss", "reloaded_loss", "probes", "gradient", "generated"):
         assert again[what] == whole[what], what
 
