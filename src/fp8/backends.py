@@ -4,13 +4,13 @@ A room lists its implementations, best first, as `Backend` rows. `choose` asks e
 request and takes the first that has none. The choice keeps the reasons, so that nobody has to guess why a kernel did
 not run.
 
-**Which GPUs.** Tensor cores are used on compute capability 9.x alone. What this library promises is bits, and those were
-measured on Hopper: the order of scales, the 13 fraction bits of `fast`, where `promoted` hands over, the codes that its
-conversion instruction gives. Older GPUs have no such product, or (8.9, Ada) one that was not looked at. Newer ones (10.x
-and 12.x, Blackwell) have FP8 tensor cores, but torch offers the 1x128 and 128x128 scales of `blockwise` on 9.0 only,
-and their accumulator and our kernels were tried by nobody here. They get the definitions, with a warning, instead of
-numbers that nobody vouches for. Whoever has such a GPU: run the tests marked `gpu` with this line changed, and send what
-differs.
+**Which GPUs.** Tensor cores are used on compute capability 9.x alone. What this library promises is bits, and those
+were measured on Hopper: the order of scales, the 13 fraction bits of `fast`, where `promoted` hands over, the codes
+that its conversion instruction gives. Older GPUs have no such product, or (8.9, Ada) one that was not looked at. Newer
+ones (10.x and 12.x, Blackwell) have FP8 tensor cores, but torch offers the 1x128 and 128x128 scales of `blockwise` on
+9.0 only, and their accumulator and our kernels were tried by nobody here. They get the definitions, with a warning,
+instead of numbers that nobody vouches for. Whoever has such a GPU: change `HOPPER` below, run the tests marked `gpu`,
+and send what differs.
 
 This file is the only door to Triton and to CUDA facts: both are asked for when an operation first needs them, never at
 import.
@@ -110,8 +110,8 @@ def why_not_hopper(device: torch.device) -> str | None:
     older = "and the FP8 tensor cores used here are those of 9.0 (Hopper)"
     newer = "newer than 9.0 (Hopper): its accumulator is another one, and nothing here was measured on it"
     return (
-        f"the GPU has compute capability {major}.{minor}, {older if major < HOPPER else newer}. The sums are exact, and "
-        "slow; fp8.autocast(enabled=False) and convert(only_if_faster=True) keep to BF16"
+        f"the GPU has compute capability {major}.{minor}, {older if major < HOPPER else newer}. The sums are "
+        "exact, and slow; fp8.autocast(enabled=False) and convert(only_if_faster=True) keep to BF16"
     )
 
 

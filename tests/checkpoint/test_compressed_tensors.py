@@ -95,8 +95,8 @@ def test_written_read_and_written_again_is_the_same_bytes(recipe, config, tmp_pa
 
 
 def test_golden_bytes(tmp_path):
-    """A checkpoint of fixed numbers has fixed bytes. If this fails on purpose, raise the version in the file, unless what
-    was added is something that earlier readers pass over."""
+    """A checkpoint of fixed numbers has fixed bytes. If this fails on purpose, raise the version in the file, unless
+    what was added is something that earlier readers pass over."""
     model = Decoder(DecoderConfig(8, 16, 16, 1, 2, 1))
     with torch.no_grad():
         for i, weight in enumerate(model.parameters()):

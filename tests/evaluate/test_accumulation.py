@@ -32,13 +32,15 @@ def codes(x: Tensor) -> Tensor:
 
 
 def test_the_bias_is_that_of_the_accumulator() -> None:
-    """Ones: every sum is K. 2^-4 is the last of 13 fraction bits once the sum has reached 2^9: adding steps of 32 * 2^-10
+    """Ones: every sum is K. 2^-4 is the last of 13 fraction bits once the sum has reached 2^9: adding products of 2^-10
     from there on adds nothing."""
     ones = torch.ones(1, DEPTH)
     assert fast_bias(codes(ones), codes(ones)) == 0.0
     falling = torch.full((1, DEPTH), 2.0**-5)
     falling[:, :32] = 4.0
-    assert fast_bias(codes(falling), codes(falling)) == pytest.approx(-(DEPTH - 32) / (DEPTH - 32 + 512 * 1024), rel=1e-3)
+    assert fast_bias(codes(falling), codes(falling)) == pytest.approx(
+        -(DEPTH - 32) / (DEPTH - 32 + 512 * 1024), rel=1e-3
+    )
     assert fast_bias(codes(torch.zeros(1, DEPTH)), codes(ones)) == 0.0
 
 

@@ -117,7 +117,7 @@ def test_attach_keeps_a_compiled_model_equal_to_eager_over_steps() -> None:
 
 
 def test_a_compiled_forward_that_no_backward_followed_gives_the_gradient_no_scale() -> None:
-    """Its graph announces a gradient that never came. The next one, far below what scale 1 can show, measures itself."""
+    """Its graph announces a gradient that never came. The next, far below what scale 1 can show, measures itself."""
     eager, width = make("linear", "delayed")
     other = copy.deepcopy(eager)
     x, tiny = torch.randn(4, width), torch.full((4, 24), 1e-9)

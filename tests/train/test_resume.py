@@ -203,9 +203,8 @@ def test_what_moves_the_losses_is_told(make: Make) -> None:
     assert notes == ["lr changed from 0.01 to 0.005", "steps changed from 2 to 4", "threads was 1, is 2"]
 
 
-def test_what_was_decided_for_speed_is_written_and_holds_on_another_device(make: Make,
-                                                                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """A run begins where the MLPs pay and the rest does not; resumed where nothing pays, its layers stay what they were."""
+def test_what_was_decided_for_speed_holds_on_another_device(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run begins where the MLPs pay and the rest does not; resumed where nothing pays, its layers stay."""
 
     def mlps_pay(module: torch.nn.Module, recipe: Recipe, tokens: int) -> tuple[float, str]:
         pays = isinstance(module, torch.nn.Linear) and 96 in module.weight.shape  # up (with the gate): 2 x 48 rows

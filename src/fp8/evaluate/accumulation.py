@@ -64,8 +64,8 @@ def warn_of_bias(layer: str, product: str, depth: int, bias: float) -> None:
     """Say which product loses how much, and what to do."""
     if bias < WARN:
         warnings.warn(
-            f"{layer}: the terms of {product} share a sign on this data, and accumulate.{product}='fast' sums {depth} of "
-            f"them in Hopper's short accumulator: results come out about {-bias:.0%} too small there. Use 'promoted' for "
-            "this layer (Recipe.replace, or overrides).",
+            f"{layer}: the terms of {product} share a sign on this data, and accumulate.{product}='fast' sums {depth} "
+            f"of them in Hopper's short accumulator: results come out about {-bias:.0%} too small there. Use "
+            "'promoted' for this layer (Recipe.replace, or overrides).",
             stacklevel=2,
         )

@@ -72,7 +72,7 @@ class Probe:
     def forward(self, part: Fp8Products, weight: Tensor, x: Tensor) -> tuple[list[str], Rows, Rows]:
         """See x and the weight; which products are deep and fast, and rows of both."""
         assert part.recipe is not None
-        asked = deep_and_fast(part.recipe, (x.numel() // x.shape[-1], x.shape[-1]), tuple(weight.shape))
+        asked = deep_and_fast(part.recipe, (x.numel() // x.shape[-1], x.shape[-1]), (weight.shape[0], weight.shape[1]))
         turned = asked not in ([], ["forward"])
         rows_x, rows_w = self.see(part, weight, X, x, turned), self.see(part, weight, W, weight, turned)
         if "forward" in asked:

@@ -162,8 +162,8 @@ def check(a: Quantized, b: Quantized, out_dtype: torch.dtype, accumulate: str, b
 
 
 def check_record(name: str, q: Quantized) -> None:
-    """Refuse a `Quantized` whose parts, put together by hand, do not belong to each other. Only types, shapes and devices
-    are looked at: no value is read back from the device."""
+    """Refuse a `Quantized` whose parts, put together by hand, do not belong to each other. Only types, shapes and
+    devices are looked at: no value is read back from the device."""
     for part, what in ((q.codes, "codes"), (q.scale, "scale")):
         if not isinstance(part, Tensor):
             raise TensorError(f"{name} has the {what} {part!r}, which must be a tensor: fp8.quantize makes both.")
@@ -172,14 +172,14 @@ def check_record(name: str, q: Quantized) -> None:
         raise FormatError(f"{name} is in {need.name}, a row of the table only; e4m3 and e5m2 multiply.")
     if q.codes.dtype != need.dtype:
         raise TensorError(
-            f"{name} says format {need.name}, whose codes are {str(need.dtype)[6:]}, but holds {str(q.codes.dtype)[6:]}: "
-            "fp8.quantize makes them, and codes.view(dtype) names the bytes that you have."
+            f"{name} says format {need.name}, whose codes are {str(need.dtype)[6:]}, but holds "
+            f"{str(q.codes.dtype)[6:]}: fp8.quantize makes them, and codes.view(dtype) names the bytes that you have."
         )
     shape = tile.scale_shape(*q.matrix.shape)
     if q.scale.dtype != torch.float32 or tuple(q.scale.shape) != shape:
         raise ShapeError(
-            f"{name} has codes {tuple(q.shape)} in tiles {str(tile)!r}, which take a float32 scale of shape {shape}; got "
-            f"{str(q.scale.dtype)[6:]} {tuple(q.scale.shape)}. Scales dequantize: real = code * scale."
+            f"{name} has codes {tuple(q.shape)} in tiles {str(tile)!r}, which take a float32 scale of shape {shape}; "
+            f"got {str(q.scale.dtype)[6:]} {tuple(q.scale.shape)}. Scales dequantize: real = code * scale."
         )
     if q.scale.device != q.codes.device:
         raise TensorError(f"{name} has codes on {q.codes.device} and scales on {q.scale.device}: move one.")

@@ -215,9 +215,9 @@ def convert(
                     or classifier, or one that shares the embedding's weight
     only_if_faster  keep a layer whose FP8 products would be slower than BF16 at `tokens` rows on this device
 
-    Embeddings and norms always stay. The report also stays with the model, as `model.fp8_report`, from where checkpoints
-    take it: what was decided here, for the sake of speed too, is fixed. Raises `ConvertError`, before anything is
-    changed, for a weight with NaN or Inf. `revert` undoes.
+    Embeddings and norms always stay. The report also stays with the model, as `model.fp8_report`, from where
+    checkpoints take it: what was decided here, for the sake of speed too, is fixed. Raises `ConvertError`, before
+    anything is changed, for a weight with NaN or Inf. `revert` undoes.
     """
     if not isinstance(model, nn.Module):
         raise ConvertError(f"convert changes a torch.nn.Module in place; got {type(model).__name__}.")

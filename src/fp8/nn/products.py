@@ -223,9 +223,9 @@ class Fp8Products(nn.Module):
         except RuntimeError:
             raise CheckpointError(
                 f"{self.name or 'an FP8 layer'} was loaded with the state of another rule of delayed scaling ("
-                f"{', '.join(f'{key} {list(value.shape)}' for key, value in loaded.items() if key[0] != '_')}), and now "
-                f"meets {recipe.name} {recipe.delayed}. Use the recipe that it was trained with, or load without the "
-                "keys that hold '.delayed.'."
+                f"{', '.join(f'{key} {list(value.shape)}' for key, value in loaded.items() if key[0] != '_')}), and "
+                f"now meets {recipe.name} {recipe.delayed}. Use the recipe that it was trained with, or load without "
+                "the keys that hold '.delayed.'."
             ) from None
         self.waiting = {}
         return state
