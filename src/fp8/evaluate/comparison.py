@@ -28,12 +28,12 @@ from ..train.loop import Callback, device_of
 from ..train.resume import device_name
 
 CPU: dict[str, Any] = {
-    "model": "small", "precision": "fp32", "sequence_length": 128, "batch_size": 8, "steps": 250, "lr": 2e-3,
-    "min_lr_ratio": 0.0, "eval_batches": 32, "checkpoint_interval": 50, "keep_last": 1,
+    "model": "small", "precision": "fp32", "sequence_length": 128, "batch_size": 8, "steps": 250, "lr": 1e-3,
+    "eval_batches": 32, "checkpoint_interval": 50, "keep_last": 1,
 }  # fmt: skip
 GPU: dict[str, Any] = CPU | {
     "model": "medium", "precision": "bf16", "compile": True, "sequence_length": 1024, "batch_size": 16, "steps": 300,
-    "lr": 6e-4, "min_lr_ratio": 0.1, "eval_batches": 3,
+    "lr": 6e-4, "eval_batches": 3,
 }  # fmt: skip
 
 
