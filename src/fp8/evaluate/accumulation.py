@@ -9,7 +9,7 @@ accumulator itself is asked: its model runs on some rows of both operands, besid
 
 is the share by which results come out too small. Measured on 16 x 16 outputs of normal data, E4M3, by this file:
 
-    K        zero-mean    one operand shifted by half its deviation    one sign
+    K        zero-mean    both shifted by half their deviation         one sign
     4096     -0.02 %      -0.8 %                                       -7.0 %
     8192     -0.03 %      -1.8 %                                       -13.6 %
     14336    -0.06 %      -3.4 %                                       -21.0 %
