@@ -41,7 +41,20 @@ def test_a_gpu_older_than_hopper_runs_the_definitions_and_says_so(monkeypatch: p
         UserWarning, match=r"reference implementation: the GPU has compute capability 8.0.*only_if_faster"
     ):
         assert choose("quantize", (REFERENCE,), older).name == "reference"
-    assert "9.0 (Hopper) or newer" in (backends.why_not_triton(older.device) or "")
+    assert "are those of 9.0 (Hopper)" in (backends.why_not_triton(older.device) or "")
+
+
+@pytest.mark.parametrize("have", [(10, 0), (10, 3), (12, 0)])
+def test_a_gpu_newer_than_hopper_gets_the_definitions_until_someone_measures_it(
+    have: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B200, B300 and RTX 50: FP8 tensor cores, but not the ones whose bits this library promises."""
+    monkeypatch.setattr(backends, "capability", lambda index: have)
+    newer = SimpleNamespace(device=torch.device("cuda", 0))
+    with pytest.warns(UserWarning, match=r"newer than 9.0 \(Hopper\): its accumulator is another one"):
+        assert choose("quantize", (REFERENCE,), newer).name == "reference"
+    for why in (backends.why_not_hopper, backends.why_not_triton):
+        assert f"compute capability {have[0]}.{have[1]}" in (why(newer.device) or "")
 
 
 def test_a_hopper_gpu_is_not_spoken_of(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:

@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from fp8.checkpoint import load
 from fp8.cli import app, main
 from fp8.errors import ConfigError
 from fp8.evaluate import difference, settings
+from fp8.evaluate.comparison import CPU, GPU
 from fp8.evaluate.probe import Watch
 from fp8.formats import format_of
 from fp8.nn import products
@@ -141,8 +142,10 @@ def test_an_interrupted_demo_goes_on(finished: tuple[Path, str, dict[str, Any]],
     with pytest.raises(KeyboardInterrupt):
         demo.run(make(tmp_path / "out"))
     monkeypatch.undo()
-    again = json.loads(demo.run(make(tmp_path / "out")).read_text())["arms"][1]
-    whole = finished[2]["arms"][1]
+    resumed = json.loads(demo.run(make(tmp_path / "out")).read_text())
+    assert "s since it was resumed" in table.caption(resumed)  # what came before is not in the seconds
+    assert "since" not in table.caption(finished[2])
+    again, whole = resumed["arms"][1], finished[2]["arms"][1]
     for what in ("losses", "validation_loss", "reloaded_loss", "probes", "gradient", "generated"):
         assert again[what] == whole[what], what
 
@@ -173,6 +176,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert stop.value.code == 130
     assert "goes on" in capsys.readouterr().out
     assert "demo" in {command.callback.__name__ for command in app.registered_commands if command.callback}
+
+
+def test_the_help_tells_the_steps_that_are_taken() -> None:
+    command = next(one.callback for one in app.registered_commands if one.callback and one.callback.__name__ == "demo")
+    option = get_type_hints(command, include_extras=True)["steps"].__metadata__[0]
+    assert option.help == f"Steps of each run; else {CPU['steps']}, on a GPU {GPU['steps']}."
 
 
 def stopped(_: demo.Demo) -> None:

@@ -130,7 +130,7 @@ def demo(
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="Preset of the FP8 run.")] = "tensorwise",
     all_recipes: Annotated[bool, typer.Option("--all-recipes", help="One FP8 run each for all four presets.")] = False,
     steps: Annotated[
-        int | None, typer.Option("--steps", "-n", help="Steps of each run; else 1000, on a GPU 300.")
+        int | None, typer.Option("--steps", "-n", help="Steps of each run; else 250, on a GPU 300.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the data.")] = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything that is made.")] = Path("runs/demo"),

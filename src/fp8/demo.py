@@ -26,7 +26,7 @@ from rich.console import Console
 
 from . import checkpoint
 from .errors import ConfigError
-from .evaluate.comparison import peak_memory, run_arm, settings, surroundings
+from .evaluate.comparison import peak_memory, run_arm, settings, surroundings, unfinished
 from .evaluate.gradient_noise import gradient_noise
 from .evaluate.perplexity import perplexity, token_loss, validation_loss, validation_rows
 from .evaluate.probe import Watch, probe
@@ -84,7 +84,7 @@ def run(demo: Demo) -> Path:
     refuse_twins(demo.recipes)
     if (demo.out / "demo.json").exists():
         start_anew(demo.out)
-    start = time.perf_counter()
+    start, resumed = time.perf_counter(), unfinished(demo.config(None))
     high = high_arm(demo)
     target = fixed_loss(high)
     arms = [told(high, target)] + [fp8_arm(demo, recipe, high, target) for recipe in demo.recipes]
@@ -96,6 +96,7 @@ def run(demo: Demo) -> Path:
         "parameters": sum(p.numel() for p in high.trainer.model.parameters()),
         "target_loss": target,
         "seconds": round(time.perf_counter() - start, 1),
+        "resumed": resumed,
         "peak_memory": peak_memory(),
         "arms": arms,
     }

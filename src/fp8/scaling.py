@@ -109,6 +109,12 @@ class DelayedState(ScaleState):
         for operand in operands:
             self.seen[operand] = True
 
+    def believe_what_was_written(self) -> None:
+        """Of operands without a scale, keep as seen only those that left an amax. A compiled forward announces its
+        gradient, but a backward may never come; the next use must then measure itself. Reads from the device."""
+        written = (self.pending >= 0).tolist()
+        self.seen = [seen and (warm or left) for seen, warm, left in zip(self.seen, self.warm, written, strict=True)]
+
     def count_step(self, counts: bool) -> None:
         """The host's half of `update`."""
         self.steps += 1
@@ -170,7 +176,10 @@ def update(states: Iterable[ScaleState], found_inf: Tensor | bool | None = None)
     """The one update a step. `found_inf` (a bool, or a tensor, which is read on the device only once all
     have a scale): this step did not count."""
     states = [state for state in states if isinstance(state, DelayedState)]
-    if isinstance(found_inf, Tensor) and any(state.starting for state in states):
+    starting = [state for state in states if state.starting]
+    for state in starting:
+        state.believe_what_was_written()
+    if isinstance(found_inf, Tensor) and starting:
         found_inf = bool(found_inf)  # read once: a first scale that comes from a discarded step is none
     groups: dict[Any, list[DelayedState]] = {}
     for state in states:

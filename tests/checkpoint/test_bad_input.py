@@ -96,6 +96,7 @@ def test_a_config_that_is_not_json(folder):
         ((*GROUP, "targets"), [f"re:.*{part}_proj" for part in ("q", "k")], "must have one scheme"),
         (("fp8", "version"), 2, "version 2"),
         (("fp8", "groups", "group_0", "accumulate"), "quickly", "accumulate.forward cannot be 'quickly'"),
+        (("fp8", "conversion"), {"decisions": 1}, "fp8.conversion in config.json is damaged"),
         (("hidden_size",), None, "lacks 'hidden_size'"),
         (("hidden_size",), 64, "head_dim=16"),
         (("intermediate_size",), 47, r"gate_proj.weight has shape \(48, 32\); config.json calls for \(47, 32\)"),

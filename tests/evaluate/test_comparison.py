@@ -71,6 +71,8 @@ def test_a_recipe_misses_when_one_seed_does() -> None:
     told = study.summary([*high, run("a", 0, 2.0), run("a", 1, 2.011), run("b", 0, 2.001), run("b", 1, 1.999)])
     assert [row["within"] for row in told["recipes"].values()] == [False, True]
     assert study.summary([high[0], run("a", 0, 2.0)])["recipes"]["a"]["interval"] is None
+    half = study.drawing(study.summary([*high, run("a", 1, 2.002)]))  # what is missing stays empty, in its own column
+    assert [next(iter(column.cells)) for column in half.columns][1:3] == ["–", "+0.10 %"]
     assert math.isinf(study.interval([1.0])[1])
     with pytest.raises(DataError, match="at least one"):
         study.summary(high)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fp8
-from fp8.errors import BackendError, Fp8Error, ShapeError, TensorError
+from fp8.errors import BackendError, FormatError, Fp8Error, ShapeError, TensorError
 from fp8.formats import format_of
 from fp8.quantize.record import spread
 
@@ -245,6 +245,29 @@ def test_a_mistake_is_named() -> None:
     for error, words, call in cases:
         with pytest.raises(error, match=words):
             call()
+
+
+def test_a_record_put_together_by_hand_is_looked_at() -> None:
+    """Types, shapes and devices are; values are not, which would wait for the device."""
+    _, b = good()
+    tensor, block, row = fp8.Tile.of("tensor"), fp8.Tile.of("1x128"), format_of("e4m3")
+    codes, one = torch.ones(2, 4).to(torch.float8_e4m3fn), torch.ones(1, 1)
+    cases = [
+        (TensorError, "holds float8_e5m2", (codes.view(torch.float8_e5m2), one, tensor, row)),
+        (TensorError, "holds uint8", (codes.view(torch.uint8), one, tensor, row)),
+        (TensorError, "holds float8_e4m3fn", (codes, one, tensor, format_of("e5m2"))),
+        (FormatError, "a row of the table only", (codes, one, tensor, format_of("bf16"))),
+        (ShapeError, r"shape \(1, 1\); got float32 \(2, 1\)", (codes, torch.ones(2, 1), tensor, row)),
+        (ShapeError, r"shape \(2, 1\); got float32 \(1, 1\)", (codes, one, block, row)),
+        (ShapeError, "got float64", (codes, one.double(), tensor, row)),
+        (TensorError, "has the scale 1.0", (codes, 1.0, tensor, row)),
+        (TensorError, "codes on cpu and scales on meta", (codes, one.to("meta"), tensor, row)),
+    ]
+    for error, words, parts in cases:
+        for pair in ((fp8.Quantized(*parts), b), (b, fp8.Quantized(*parts))):
+            with pytest.raises(error, match=words):
+                fp8.matmul(*pair)
+    assert fp8.matmul(fp8.Quantized(codes, one, tensor, row), b).shape == (2, 3)
 
 
 def test_row_scales_multiply_one_after_the_other_the_second_operands_first() -> None:

@@ -116,11 +116,30 @@ def test_attach_keeps_a_compiled_model_equal_to_eager_over_steps() -> None:
         assert torch.equal(a, b)
 
 
+def test_a_compiled_forward_that_no_backward_followed_gives_the_gradient_no_scale() -> None:
+    """Its graph announces a gradient that never came. The next, far below what scale 1 can show, measures itself."""
+    eager, width = make("linear", "delayed")
+    other = copy.deepcopy(eager)
+    x, tiny = torch.randn(4, width), torch.full((4, 24), 1e-9)
+    gradients = []
+    for module, call in ((eager, eager), (other, torch.compile(other, fullgraph=True, backend="aot_eager"))):
+        call(x)
+        fp8.update_scales(module)
+        assert module.fp8.delayed.filled == [1, 1, 0]  # type: ignore[union-attr]
+        call(x).backward(tiny)
+        fp8.update_scales(module)
+        assert module.fp8.delayed.filled == [2, 2, 1]  # type: ignore[union-attr]
+        gradients.append(module.weight.grad)
+    assert gradients[0].count_nonzero() > 0.9 * gradients[0].numel()
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize(
     ("kind", "device"),
     [("linear", "cpu"), *(pytest.param(kind, "cuda", marks=pytest.mark.gpu) for kind in ("linear", "layer"))],
 )
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@pytest.mark.filterwarnings(r"ignore:\s*Online softmax is disabled on the fly:UserWarning")  # torch 2.11's inductor
 def test_inductor_compiles_around_the_operators_and_never_into_them(kind: str, device: str) -> None:
     """Its own fusions may round otherwise, so a whole layer is compared loosely; a linear layer, which is operators
     only, is compared in bits."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fp8
 from fp8.errors import ConvertError, RecipeError
+from fp8.nn import Report
 from fp8.recipe import Recipe
 
 
@@ -322,6 +323,17 @@ def test_only_if_faster_keeps_everything_on_a_cpu_and_says_why() -> None:
     report = fp8.convert(model(), only_if_faster=True)
     assert report.converted == []
     assert report.kept["conv"] == "not faster: the tensors are on cpu; it needs a CUDA device"
+
+
+def test_the_report_stays_with_the_model_and_can_be_written() -> None:
+    once = model()
+    report = fp8.convert(once, "rowwise", skip=["conv"])
+    assert once.fp8_report is report
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    assert copy.deepcopy(once).fp8_report == report
+    assert not hasattr(fp8.revert(once), "fp8_report")
+    with pytest.raises(ConvertError, match=r"no report of a conversion: KeyError\('decisions'\)"):
+        Report.from_dict({"recipe": report.recipe.to_dict()})
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fp8
-from fp8.errors import ConfigError
+from fp8.errors import CheckpointError, ConfigError
 from fp8.recipe import Delayed, Recipe
 
 X, W, GRAD = 0, 1, 2
@@ -337,6 +337,37 @@ def test_autocast_with_another_rule_starts_a_new_state() -> None:
         kinds.append(held.fp8.delayed)
     assert kinds[0] is kinds[1]
     assert type(kinds[2]).__name__ == "ArticleState"
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "delayed_article"])
+def test_state_made_under_an_autocast_loads_into_a_fresh_layer(recipe: str) -> None:
+    """The state does not say of which recipe it is, so it waits until the layer meets one, in an autocast or for good;
+    saved before that, it is still there."""
+    trained = nn.Sequential(fp8.Linear(4, 4))
+    with fp8.autocast(recipe=recipe):
+        use(trained, 3.0)
+    fp8.update_scales(trained)
+    kept = snapshot(trained)
+    fresh = [nn.Sequential(fp8.Linear(4, 4)) for _ in range(2)]
+    for module in fresh:
+        module.load_state_dict(trained.state_dict())
+        assert unchanged(module, kept)
+    fp8.convert(fresh[1], recipe)
+    for module in fresh:
+        with fp8.autocast(recipe=recipe), torch.no_grad():
+            assert torch.equal(module(torch.full((2, 4), 7.0)), trained(torch.full((2, 4), 7.0)))
+        assert unchanged(module, kept)
+
+
+def test_state_of_another_rule_is_named_when_the_layer_meets_its_recipe() -> None:
+    trained, fresh = nn.Sequential(layer(window=8)), nn.Sequential(fp8.Linear(4, 4, bias=False))
+    fresh.load_state_dict(trained.state_dict())
+    with pytest.raises(CheckpointError, match=r"history \[3, 8\].*meets delayed"), fp8.autocast(recipe="delayed"):
+        fresh(torch.ones(2, 4))
+    with pytest.raises(CheckpointError, match="Use the recipe that it was trained with"):
+        fp8.convert(fresh, "delayed")
+    fp8.convert(fresh, Recipe("delayed", delayed=Delayed(window=8)))
+    assert unchanged(fresh, snapshot(trained))
 
 
 def test_changing_the_recipe_forgets_what_another_one_remembered() -> None:

@@ -91,3 +91,10 @@ def test_what_is_not_finite_is_null_and_a_full_disk_is_told(results: dict[str, A
     (tmp_path / "report.html").mkdir()
     with pytest.raises(DataError, match="give another --out"):
         write_page(results, tmp_path / "report.html")
+
+
+def test_a_short_run_has_whole_steps_on_its_axis() -> None:
+    figure, axes = figures.panel(xlabel="step")
+    axes.plot([1, 2, 3], [0.0, 1.0, 2.0])
+    figure.draw_without_rendering()
+    assert all(tick == int(tick) for tick in axes.get_xticks())

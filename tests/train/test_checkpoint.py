@@ -31,7 +31,7 @@ def test_written_read_and_written_again_is_the_same_bytes(make: Make, tmp_path: 
     assert trainer.resume(first)[0].startswith("steps")
     facts = {key: json.loads((first / "state.json").read_text())[key] for key in ("fp8", "torch", "threads", "device")}
     saved = checkpoint.read(first)
-    rest = {"config": saved.state["config"], "data": saved.state["data"]}
+    rest = {key: saved.state[key] for key in ("config", "data", "conversion")}
     second = checkpoint.save(tmp_path / "again", trainer.run, facts | rest, 1)
     for file in sorted(path.name for path in first.iterdir()):
         assert (first / file).read_bytes() == (second / file).read_bytes(), file

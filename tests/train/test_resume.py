@@ -15,6 +15,7 @@ import torch
 
 import fp8.train.loss_scale
 from fp8.errors import CheckpointError, ConfigError
+from fp8.recipe import Recipe
 from fp8.train import Result, TrainConfig, Trainer, checkpoint, read_metrics, train
 
 Make = Callable[..., TrainConfig]
@@ -200,3 +201,28 @@ def test_what_moves_the_losses_is_told(make: Make) -> None:
     torch.set_num_threads(2)
     notes = trainer.resume(checkpoint.latest(Path(make().out)))
     assert notes == ["lr changed from 0.01 to 0.005", "steps changed from 2 to 4", "threads was 1, is 2"]
+
+
+def test_what_was_decided_for_speed_holds_on_another_device(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run begins where the MLPs pay and the rest does not; resumed where nothing pays, its layers stay."""
+
+    def mlps_pay(module: torch.nn.Module, recipe: Recipe, tokens: int) -> tuple[float, str]:
+        pays = isinstance(module, torch.nn.Linear) and 96 in module.weight.shape  # up (with the gate): 2 x 48 rows
+        return (1.5, "faster: 1.5") if pays else (0.5, "not faster: 0.5")
+
+    config = make(recipe="delayed", only_if_faster=True)
+    monkeypatch.setattr(sys.modules["fp8.nn.convert"], "gain", mlps_pay)
+    whole = run(config.replace(out=config.out + "-whole"))
+    with pytest.raises(Killed):
+        train(config, callbacks=[kill_at(6)])
+    saved = checkpoint.read(checkpoint.checkpoints(Path(config.out))[-1])
+    told = {d["name"]: (d["fp8"], d["reason"]) for d in saved.state["conversion"]["decisions"]}
+    assert told["layers.0.mlp.up"] == (True, "recipe delayed; faster: 1.5")
+    assert told["layers.0.attention.out"] == (False, "not faster: 0.5")
+    monkeypatch.undo()  # on a CPU nothing pays
+    resumed = train(config, resume=True)
+    assert resumed.trainer.report.to_dict() == saved.state["conversion"]
+    assert resumed.trainer.report.converted == ["layers.0.mlp.up", "layers.1.mlp.up"]
+    assert content(resumed) == content(whole)
+    with pytest.raises(CheckpointError, match="trained with only_if_faster=True"):
+        train(config.replace(only_if_faster=False), resume=True)

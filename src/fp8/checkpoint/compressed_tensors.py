@@ -27,8 +27,8 @@ recipes with 1x128 or 1x32 activations). A per-tensor activation scale would dep
 recipe is served per token.
 
 **What the schema cannot say** stands in `config.json` under `fp8`, which other readers pass over: whether activation
-scales are powers of two, and how products are summed. A checkpoint without it was made elsewhere: scales are amax /
-max, as there.
+scales are powers of two, how products are summed, and what `fp8.convert` decided about each layer, and why. A
+checkpoint without it was made elsewhere: scales are amax / max, as there.
 
 Source: compressed-tensors 0.20.0, `quant_args.py`, `quant_scheme.py`, `quant_config.py`.
 """

@@ -113,7 +113,13 @@ def encode(
         raise CheckpointError("no layer of this model is FP8: fp8.convert(model, recipe) first.")
     kept = dtype or model.embedding.weight.dtype
     config = to_config(model.config, kept, end_of_text) | {"quantization_config": quantization_config(groups, ignore)}
-    return tensors, config | {"fp8": own_config(groups, tokenizer)}
+    return tensors, config | {"fp8": own_config(groups, tokenizer) | decisions(model)}
+
+
+def decisions(model: nn.Module) -> dict[str, Any]:
+    """What `fp8.convert` decided about each layer, and why, where the model knows it."""
+    kept = getattr(model, "fp8_report", None)
+    return {} if kept is None else {"conversion": kept.to_dict()}
 
 
 def refuse_tied_head(ours: str, model: Decoder) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, Fp8Error
 from ..models.huggingface import Shard, from_config, from_huggingface, shape_of, shards
 from ..models.llama import Decoder, DecoderConfig
+from ..nn import Report
 from ..nn.frozen_linear import FrozenLinear
 from ..quantize import Quantized
 from .compressed_tensors import Groups, Scheme, check_shard, joined, read_groups
@@ -45,7 +46,17 @@ def load(folder: str | Path, device: torch.device | str | None = None) -> Decode
     model = build(config, tensors, groups)
     if groups is not None:
         model.requires_grad_(False)
+        model.fp8_report = report_of(plain)  # type: ignore[assignment]
     return model.eval() if device is None else model.eval().to(device)
+
+
+def report_of(plain: Mapping[str, Any]) -> Report | None:
+    """Which layers were converted, and why, if the checkpoint tells: what was decided once is carried on."""
+    decided = plain.get("fp8", {}).get("conversion")
+    try:
+        return None if decided is None else Report.from_dict(decided)
+    except Fp8Error as error:
+        raise CheckpointError(f"fp8.conversion in config.json is damaged: {error}") from None
 
 
 def groups_of(plain: Mapping[str, Any]) -> Groups | None:

@@ -129,7 +129,8 @@ def drawing(told: dict[str, Any]) -> Table:
     for name, row in told["recipes"].items():
         ends = "one seed" if row["interval"] is None else "[{:+.2f}, {:+.2f}]".format(*row["interval"])
         counts = " + ".join(str(count) for count in row["products"].values())
-        cells = [f"{off:+.2f} %" for off in row["differences"].values()]
+        off = row["differences"]
+        cells = [f"{off[seed]:+.2f} %" if seed in off else "–" for seed in told["high"]]
         out.add_row(name, *cells, f"{row['mean']:+.2f} % {ends}", "yes" if row["within"] else "NO", counts)
     return out
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, Choice, choose, function, why_not_hopper, why_not_triton
-from ..errors import ShapeError, TensorError
-from ..formats import format_of
+from ..errors import FormatError, ShapeError, TensorError
+from ..formats import COMPUTE, format_of
 from ..quantize.record import Quantized
 from ..recipe import ACCUMULATE, CPU_MODELS, one_of
 from ..tile import Tile
@@ -144,6 +144,7 @@ def check(a: Quantized, b: Quantized, out_dtype: torch.dtype, accumulate: str, b
             raise TensorError(
                 f"matmul multiplies quantized operands; {name} is a {type(q).__name__}: fp8.quantize it first."
             )
+        check_record(name, q)
     one_of(accumulate, ACCUMULATE + CPU_MODELS, "accumulate")
     if out_dtype not in OUTPUTS:
         raise TensorError(f"matmul returns bfloat16, float16 or float32, not {out_dtype}.")
@@ -158,6 +159,30 @@ def check(a: Quantized, b: Quantized, out_dtype: torch.dtype, accumulate: str, b
         raise TensorError(f"bias must be a tensor, not {type(bias).__name__}: use torch.tensor(bias).")
     if bias is not None and bias.shape != b.codes.shape[:1]:
         raise ShapeError(f"bias must have shape ({b.codes.shape[0]},), one number an output; got {tuple(bias.shape)}.")
+
+
+def check_record(name: str, q: Quantized) -> None:
+    """Refuse a `Quantized` whose parts, put together by hand, do not belong to each other. Only types, shapes and
+    devices are looked at: no value is read back from the device."""
+    for part, what in ((q.codes, "codes"), (q.scale, "scale")):
+        if not isinstance(part, Tensor):
+            raise TensorError(f"{name} has the {what} {part!r}, which must be a tensor: fp8.quantize makes both.")
+    tile, need = Tile.of(q.tile), format_of(q.format)
+    if need.name not in COMPUTE:
+        raise FormatError(f"{name} is in {need.name}, a row of the table only; e4m3 and e5m2 multiply.")
+    if q.codes.dtype != need.dtype:
+        raise TensorError(
+            f"{name} says format {need.name}, whose codes are {str(need.dtype)[6:]}, but holds "
+            f"{str(q.codes.dtype)[6:]}: fp8.quantize makes them, and codes.view(dtype) names the bytes that you have."
+        )
+    shape = tile.scale_shape(*q.matrix.shape)
+    if q.scale.dtype != torch.float32 or tuple(q.scale.shape) != shape:
+        raise ShapeError(
+            f"{name} has codes {tuple(q.shape)} in tiles {str(tile)!r}, which take a float32 scale of shape {shape}; "
+            f"got {str(q.scale.dtype)[6:]} {tuple(q.scale.shape)}. Scales dequantize: real = code * scale."
+        )
+    if q.scale.device != q.codes.device:
+        raise TensorError(f"{name} has codes on {q.codes.device} and scales on {q.scale.device}: move one.")
 
 
 def run_matmul(

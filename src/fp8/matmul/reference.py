@@ -93,18 +93,23 @@ def finish(total: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor
 
 def parts(codes: Tensor) -> Tensor:
     """The codes [rows, K] in FP64, as `[1, rows, K]`; E5M2 as `[2, rows, K]`, large magnitudes and those below 1."""
-    codes = codes.contiguous()
-    x = table(codes.dtype, codes.device).index_select(0, codes.view(torch.uint8).flatten().int()).view(1, *codes.shape)
-    if codes.dtype != torch.float8_e5m2:
-        return x
-    small = (x > -1) & (x < 1)
-    return torch.cat([x.masked_fill(small, 0.0), x.masked_fill(~small, 0.0)])
+    index = codes.contiguous().view(torch.uint8).flatten().int()
+    tables = table(codes.dtype, codes.device)
+    values = tables.new_empty(tables.shape[0], index.numel())
+    for one, out in zip(tables, values, strict=True):
+        torch.index_select(one, 0, index, out=out)
+    return values.view(tables.shape[0], *codes.shape)
 
 
 @cache
 def table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The values of all 256 codes in FP64: looking one up is faster than casting it."""
-    return torch.arange(256, dtype=torch.uint8, device=device).view(dtype).double()
+    """The values of all 256 codes in FP64, `[parts, 256]`, each value in one part and 0 in the other: looking one up is
+    faster than casting it."""
+    x = torch.arange(256, dtype=torch.uint8, device=device).view(dtype).double()
+    if dtype != torch.float8_e5m2:
+        return x.unsqueeze(0)
+    small = (x > -1) & (x < 1)
+    return torch.stack([x.masked_fill(small, 0.0), x.masked_fill(~small, 0.0)])
 
 
 def product_exact(x: Tensor, y: Tensor) -> Tensor:

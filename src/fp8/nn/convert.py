@@ -82,6 +82,14 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         return {"recipe": self.recipe.to_dict(), "decisions": [asdict(d) for d in self.decisions]}
 
+    @staticmethod
+    def from_dict(plain: dict[str, Any]) -> Report:
+        """What `to_dict` wrote. Raises `ConvertError` for what is no report."""
+        try:
+            return Report(Recipe.from_dict(plain["recipe"]), tuple(Decision(**one) for one in plain["decisions"]))
+        except (KeyError, TypeError) as error:
+            raise ConvertError(f"this is no report of a conversion: {error!r}.") from None
+
     def __str__(self) -> str:
         lines = [f"recipe {self.recipe.name}: {len(self.converted)} FP8 layers, {self.share:.1%} of the parameters"]
         width = max((len(d.name) for d in self.decisions), default=0)
@@ -207,8 +215,9 @@ def convert(
                     or classifier, or one that shares the embedding's weight
     only_if_faster  keep a layer whose FP8 products would be slower than BF16 at `tokens` rows on this device
 
-    Embeddings and norms always stay. Raises `ConvertError`, before anything is changed, for a weight with NaN or Inf.
-    `revert` undoes.
+    Embeddings and norms always stay. The report also stays with the model, as `model.fp8_report`, from where
+    checkpoints take it: what was decided here, for the sake of speed too, is fixed. Raises `ConvertError`, before
+    anything is changed, for a weight with NaN or Inf. `revert` undoes.
     """
     if not isinstance(model, nn.Module):
         raise ConvertError(f"convert changes a torch.nn.Module in place; got {type(model).__name__}.")
@@ -235,7 +244,8 @@ def convert(
         if chosen is not None:
             _convert_one(model, name, module, chosen)
     _stay_off_the_fast_path(model, True)
-    return Report(base, tuple(decisions))
+    model.fp8_report = Report(base, tuple(decisions))  # type: ignore[assignment]
+    return model.fp8_report  # type: ignore[return-value]
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -248,6 +258,7 @@ def revert(model: nn.Module) -> nn.Module:
                 delattr(module, part)
             module.__class__ = ORIGINALS[type(module)]
     _stay_off_the_fast_path(model, False)
+    model.__dict__.pop("fp8_report", None)
     return model
 
 

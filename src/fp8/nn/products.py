@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..errors import ConvertError, ShapeError, TensorError
+from ..errors import CheckpointError, ConvertError, ShapeError, TensorError
 from ..formats import format_of
 from ..matmul import run_matmul
 from ..quantize import INPUTS, Quantized, run_quantize, run_quantize_both
@@ -148,6 +148,7 @@ class Fp8Products(nn.Module):
         self.name = name
         self.recipe: Recipe | None = None
         self.delayed: ScaleState | None = None
+        self.waiting: dict[str, Tensor] = {}
         for part in PARTS:
             self.register_buffer(part, None, persistent=False)
         self.made_of: tuple[int, int] | None = None
@@ -159,7 +160,7 @@ class Fp8Products(nn.Module):
         if recipe != self.recipe:
             self.forget()
             self.recipe = recipe
-            self.delayed = None if recipe is None else state_for(recipe)
+            self.delayed = None if recipe is None else self._new_state(recipe)
 
     def recipe_now(self) -> Recipe | None:
         """The recipe of this call; None: high precision. Recomputing in backward takes that of the call before it."""
@@ -208,9 +209,26 @@ class Fp8Products(nn.Module):
                 raise ConvertError(
                     "delayed scaling keeps state: give the layer its recipe (fp8.convert) before compiling."
                 )
-            state = state_for(recipe)
+            state = self._new_state(recipe)
             self.delayed = None if state is None else state.to(weight.device)
         return self.delayed
+
+    def _new_state(self, recipe: Recipe) -> ScaleState | None:
+        """A state for the recipe: with what was loaded before there was one, else empty."""
+        state, loaded = state_for(recipe), self.waiting
+        if state is None or not loaded:
+            return state
+        try:
+            state.load_state_dict(loaded)
+        except RuntimeError:
+            raise CheckpointError(
+                f"{self.name or 'an FP8 layer'} was loaded with the state of another rule of delayed scaling ("
+                f"{', '.join(f'{key} {list(value.shape)}' for key, value in loaded.items() if key[0] != '_')}), and "
+                f"now meets {recipe.name} {recipe.delayed}. Use the recipe that it was trained with, or load without "
+                "the keys that hold '.delayed.'."
+            ) from None
+        self.waiting = {}
+        return state
 
     def _codes(self, recipe: Recipe, weight: Tensor) -> Pair | None:
         """The refreshed codes, if they are of this recipe and of the parameter as it is."""
@@ -261,6 +279,18 @@ class Fp8Products(nn.Module):
         self.forget()
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, *args: Any, **keywords: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:  # type: ignore[override]
+        """Also takes the state of delayed scaling that an autocast made, for which there is no module here yet."""
         self.forget()
-        super()._load_from_state_dict(*args, **keywords)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.waiting = {}
+        if self.delayed is None:
+            under = f"{prefix}delayed."
+            found = [key for key in state_dict if key.startswith(under)]
+            self.waiting = {key[len(under) :]: state_dict[key].detach().clone() for key in found}
+            unexpected = rest[-2]
+            unexpected[:] = [key for key in unexpected if key not in found]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({f"{prefix}delayed.{key}": value for key, value in self.waiting.items()})

@@ -29,11 +29,14 @@ def panel(**labels: str) -> tuple[Any, Any]:
     """A figure with one pair of axes, in the page's style."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "fp8", "font.family": "sans-serif"}
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot()
     axes.set(**labels)
+    if labels.get("xlabel") == "step":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(True, color=FAINT, linewidth=0.5, alpha=0.35)
     axes.tick_params(colors=INK, labelsize=9, length=3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -155,13 +155,22 @@ def markdown(results: dict[str, Any]) -> str:
     return f"{table}\n\n{caption(results)}"
 
 
+def threads(count: int) -> str:
+    """
+    >>> threads(1), threads(2)
+    ('1 thread', '2 threads')
+    """
+    return f"{count} thread" + ("" if count == 1 else "s")
+
+
 def caption(results: dict[str, Any]) -> str:
     """Model, data, machine, versions and command."""
     where, s = results["machine"], results["settings"]
     tokens = s["sequence_length"] * s["batch_size"] * s["gradient_accumulation"]
+    since = " since it was resumed" if results.get("resumed") else ""
     memory = f", {results['peak_memory'] / 1e9:.1f} GB of memory" if results["peak_memory"] else ""
     return (
         f"A decoder of {results['parameters'] / 1e6:.1f} million parameters, {s['steps']} steps of {tokens:,} bytes of "
-        f"Moby-Dick. {where['device']}, {where['threads']} threads, torch {where['torch']}, fp8 {where['fp8']}: "
-        f"`{results['command']}`, {results['seconds']:.0f} s{memory}."
+        f"Moby-Dick. {where['device']}, {threads(where['threads'])}, torch {where['torch']}, fp8 {where['fp8']}: "
+        f"`{results['command']}`, {results['seconds']:.0f} s{since}{memory}."
     )

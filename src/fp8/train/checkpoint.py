@@ -6,8 +6,9 @@ What makes step n + 1 what it is, and where each part of it lies in `<out>/check
                            amaxes, its scales and what is pending. Weight codes are not kept: they are a pure function
                            of the master weight and the scale, and `fp8.refresh` makes the same bytes again (law 7).
     training.safetensors   AdamW's two moments and step count by parameter name; the states of torch's generators.
-    state.json             the step, the settings with the recipe, the loss scale and its growth count, Python's random
-                           generator, the fingerprint of the text, the versions, size and SHA-256 of the other files.
+    state.json             the step, the settings with the recipe, which layers are FP8 and why, the loss scale and its
+                           growth count, Python's random generator, the fingerprint of the text, the versions, size and
+                           SHA-256 of the other files.
 
 What needs no keeping, because it is a pure function of the step: the learning rate, and which tokens are in which
 row. What no file can keep: the order in which a machine adds numbers up. The same bits are promised for the same

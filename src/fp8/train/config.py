@@ -59,6 +59,9 @@ class TrainConfig:
     skip: tuple[str, ...] = setting(
         tuple, (), "name patterns of layers that stay in high precision, as in 'layers.0.*'"
     )
+    only_if_faster: bool = setting(
+        bool, False, "keep layers in high precision that FP8 would slow down where the run begins; resuming keeps to it"
+    )
     precision: str = setting(str, "bf16", "of all that is not FP8: bf16 autocast, or fp32", choices=("bf16", "fp32"))
     text: str = setting(str, MOBY_DICK, "path of a UTF-8 text; 'moby-dick' ships with the package")
     validation_text: str = setting(str, "", "path of the validation text; none: the last 5 % of the text")

@@ -32,7 +32,7 @@ from .divergence import Health
 from .interrupt import Interrupt
 from .loss_scale import make_scaler, update_scaler
 from .metrics import Metrics, Record
-from .model import build, to_fp8
+from .model import as_decided, build, to_fp8
 from .optimizer import gradient_variance, learning_rate, make_optimizer, trained
 from .progress import Show
 from .tokenizer import Tokenizer, tokenizer_of
@@ -139,13 +139,15 @@ class Trainer:
         """Go to the step of a checkpoint; what differs from the run that wrote it, a sentence each."""
         saved = checkpoint.read(folder)
         notes = resuming.compare(saved, self._facts())
+        self.report = as_decided(self.model, self.config, saved.state.get("conversion"))
         checkpoint.restore(saved, self.run)
         if self.config.fp8_recipe:
             remake_codes(self.model)
         return notes
 
     def _facts(self) -> dict[str, Any]:
-        return resuming.facts(self.config, self.tokens.fingerprint, self.device)
+        conversion = {"conversion": self.report.to_dict() if self.report else None}
+        return resuming.facts(self.config, self.tokens.fingerprint, self.device) | conversion
 
 
 @dataclass(frozen=True)

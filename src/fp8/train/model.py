@@ -26,4 +26,23 @@ def to_fp8(model: nn.Module, config: TrainConfig) -> Any:
         return None
     from ..nn import convert
 
-    return convert(model, config.fp8_recipe, skip=config.skip)
+    tokens = config.batch_size * config.sequence_length
+    return convert(model, config.fp8_recipe, config.skip, only_if_faster=config.only_if_faster, tokens=tokens)
+
+
+def as_decided(model: nn.Module, config: TrainConfig, decided: dict[str, Any] | None) -> Any:
+    """Convert a model anew where a checkpoint's report (`Report.to_dict`) has other layers in FP8 than it has.
+
+    What `only_if_faster` decides depends on the device, and a run that goes on elsewhere must not change its numbers.
+    Returns the report that holds: the checkpoint's, with the reasons it gave.
+    """
+    from ..nn import Report, convert, revert
+
+    if decided is None or config.fp8_recipe is None:
+        return getattr(model, "fp8_report", None)
+    report = Report.from_dict(decided)
+    if report.converted != model.fp8_report.converted:  # type: ignore[union-attr]
+        revert(model)
+        convert(model, config.fp8_recipe, [*config.skip, *report.kept])
+        model.fp8_report = report  # type: ignore[assignment]
+    return report

@@ -11,7 +11,7 @@ from .checkpoint import Saved
 from .config import DIMENSIONS, TrainConfig
 
 # What fixes the meaning of a checkpoint's tensors. All else may change; a change that moves the losses is told.
-FIXED = ("recipe", "skip", "precision")
+FIXED = ("recipe", "skip", "only_if_faster", "precision")
 SILENT = (
     "model", *DIMENSIONS, "text", "tokenizer", "validation_text", "out",
     "eval_interval", "eval_batches", "checkpoint_interval", "keep_last",
