@@ -6,14 +6,16 @@ one's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..quantize.many import Cast, run_many
 from ..scaling import ScaleState, scale_gradients, update
+from .linear import Weighted
 from .products import Fp8Products
 
 
@@ -24,16 +26,35 @@ def refresh(model: nn.Module) -> None:
     quantizes its weight. So does, always, a layer whose weight is no parameter but computed from some (by
     `weight_norm`, a parametrization, or a reordering of a channels-last kernel): its codes would be stale at once.
     """
+    write_codes(list(_weights(model)))
+
+
+def _weights(model: nn.Module) -> Iterator[Weighted]:
+    """The FP8 parts with a recipe and the weights whose codes they hold. A computed weight's codes are dropped here."""
     for module in model.modules():
         weights = getattr(module, "fp8_weights", None)
-        if weights is not None:
-            stored = {p.untyped_storage().data_ptr() for p in module.parameters()}
-            with torch.no_grad():
-                for part, weight in weights():
-                    if weight.untyped_storage().data_ptr() in stored:
-                        part.refresh(weight)
-                    else:
-                        part.forget()
+        if weights is None:
+            continue
+        stored = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        for part, weight in weights():
+            if weight.untyped_storage().data_ptr() not in stored:
+                part.forget()
+            elif part.recipe is not None:
+                yield part, weight
+
+
+@torch.no_grad()
+def write_codes(weights: Sequence[Weighted]) -> None:
+    """Write the codes of all these weights: those of one device and one way to quantize in one go."""
+    groups: dict[tuple[Any, ...], list[tuple[Fp8Products, Tensor, Cast]]] = {}
+    for part, weight in weights:
+        group = (weight.device, *part.weight_form())
+        groups.setdefault(group, []).append((part, weight, part.cast(weight)))
+    for (_, *form), members in groups.items():
+        holder = members[0][0]  # keeps what was prepared for the next time
+        holder.prepared = run_many([cast for _, _, cast in members], *form, holder.prepared)
+        for part, weight, _ in members:
+            part.wrote(weight)
 
 
 def update_scales(model: nn.Module, found_inf: Tensor | bool | None = None) -> None:
