@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .formats import FORMATS, Format
+from .fused.adamw import AdamW
 from .matmul import explain_matmul, matmul
 from .nn import (
     Conv2d,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMATS",
+    "AdamW",
     "Conv2d",
     "Format",
     "Linear",

@@ -135,9 +135,9 @@ FORMS = [(f, g, p) for p in (True, False) for g in (False, True) for f in ("e4m3
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", WEIGHTS)
 def test_the_kernels_equal_the_reference_on_hard_values(tile: str) -> None:
-    for format, given, power in FORMS:
+    for form, given, power in FORMS:
         if tile == "tensor" or not given:
-            assert differing_bytes(tile, format, given, power, "cuda") == 0, (format, given, power)
+            assert differing_bytes(tile, form, given, power, "cuda") == 0, (form, given, power)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The kernels over many matrices, compiled for Hopper here: wide accesses, nothing spilled, no register read unwritten."""
+"""The kernels over many matrices, compiled for Hopper: wide accesses, nothing spilled, no register read unwritten."""
 
 from __future__ import annotations
 

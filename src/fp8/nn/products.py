@@ -240,6 +240,14 @@ class Fp8Products(nn.Module):
         assert self.recipe is not None
         return format_of(self.recipe.w.format), self.recipe.w.tile, self.recipe.power_of_two
 
+    @property
+    def codes_follow(self) -> bool:
+        """Whether an optimizer can make the weight's codes, or measure its amax, as it updates it: with one scale for
+        the tensor, or for 128x128."""
+        recipe = self.recipe
+        article = recipe is not None and recipe.delayed is not None and recipe.delayed.rule == "article"
+        return recipe is not None and not article and str(recipe.w.tile) in ("tensor", "128x128")
+
     @torch.no_grad()
     def cast(self, weight: Tensor) -> Cast:
         """What makes the codes of the weight as it is now, into the buffers, which stay where they are. The layer has a
