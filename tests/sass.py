@@ -63,7 +63,7 @@ def reads_and_writes(op: str, args: str) -> tuple[list[int], list[int]]:
         place = 1 if re.match(r"\s*(PT|P\d)", parts[0]) else 0
         result = re.match(r"\s*R(\d+)", parts[place]) if len(parts) > place else None
         if result:
-            wide = 4 if ".128" in op else 2 if ".64" in op or "WIDE" in op else 1
+            wide = 4 if ".128" in op else 2 if re.search(r"\.[US]?64|WIDE", op) else 1
             writes = [int(result.group(1)) + i for i in range(wide)]
             parts = parts[:place] + parts[place + 1 :]
     return [int(r) for r in re.findall(r"\bR(\d+)", ",".join(parts))], writes

@@ -201,7 +201,7 @@ def _update_group(states: list[DelayedState], found_inf: Tensor | bool | None, d
         columns = [scale_of(amax[:, i].contiguous(), f, first.power_of_two) for i, f in enumerate(first.formats)]
         fresh = torch.stack(columns, 1)
         following = fresh if due else torch.where(unfilled, fresh, scale)
-    largest = torch.tensor([f.max for f in first.formats], device=scale.device)
+    largest = torch.stack([scale.new_full((), f.max) for f in first.formats])  # fills: a copy from the host would wait
     backed_off = torch.where(pending > largest * scale, torch.maximum(following, 2 * scale), following)
     torch._foreach_copy_([s.history for s in states], list(history))
     torch._foreach_copy_([s.scale for s in states], list(torch.where(written, backed_off, scale)))

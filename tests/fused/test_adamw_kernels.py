@@ -144,6 +144,43 @@ def test_the_kernels_equal_the_reference(kind: str) -> None:
             assert differing_bytes(*form, device="cuda", steps=6) == 0, form
 
 
+KEPT = {"fp32": "float32", "bf16": "bfloat16", "fp8": "uint8"}
+TYPES = {"table_ptr": "*i64", "owner_ptr": "*i32", "now_ptr": "*fp32", "roots_ptr": "*fp32", "beta2": "fp32",
+         "c1": "fp32", "c2": "fp32", "eps": "fp32", "nothing": "fp32"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("mode", ["key", "tensor", "square"])
+def test_the_compiled_kernels_are_sound(mode: str, kind: str, tmp_path: Path) -> None:
+    """For sm_90, BF16 parameters with masters: wide accesses, nothing spilled, no register read unwritten; and products
+    and sums stay apart, or the bytes would not be the reference's."""
+    pytest.importorskip("triton")
+    from fp8.fused.adamw import triton as ours
+
+    use = ours.shape(mode, kind)
+    same = {"P": "bfloat16", "G": "bfloat16", "MASTER": True, "MOMENTS": KEPT[kind], "STOCHASTIC": kind != "fp32",
+            "NOW": ours.NOW, "COLUMNS": ours.COLUMNS, "ROWS": use.rows}  # fmt: skip
+    if mode == "key":
+        kernel, constants = ours.update_lines, {"KEYS": True, "ALIGNED": True, **same}
+    else:
+        tile = ours.plan(mode, True)
+        kernel = ours.update_tiles
+        constants = {"MODE": mode, "E4M3": True, "POWER": True, "PARTS": ours.PARTS, "J": 4, "BM": tile.rows,
+                     "BN": tile.cols, **same}  # fmt: skip
+    found = compiled(
+        kernel, constants, TYPES, {name for name in TYPES if name.endswith("_ptr")}, num_warps=use.warps,
+        maxnreg=use.registers, enable_fp_fusion=False,
+    )  # fmt: skip
+    sass, used = disassemble(found.asm["cubin"], tmp_path), resources(found.asm["cubin"], tmp_path)
+    assert never_written(sass) == []
+    assert "LDG.E.128" in sass
+    assert "STG.E.128" in sass
+    assert used["STACK"] == 0
+    assert used["REG"] * use.warps * 32 <= 65536
+    fused = [line for line in found.asm["ptx"].splitlines() if "fma.rn.f32" in line]
+    assert all("0f00000000" in line or mode != "key" for line in fused)
+
+
 def interpreted(kind: str) -> int:
     import triton_interpreter
 

@@ -131,7 +131,7 @@ def encode(x: Tensor, word: Tensor | None, signed: bool) -> tuple[Tensor, Tensor
     if word is None:
         up = u - low > high - u
     else:
-        up = grouped(word) * (high - low) < (u - low) * 65536.0
+        up = grouped(word) * 2.0**-16 * (high - low) < u - low
     code = (below + up).clamp(max=126)
     if signed:
         code |= lines.signbit().long() << 7
@@ -169,11 +169,12 @@ def root(x: Tensor) -> Tensor:
 
 
 def code_below(z: Tensor) -> Tensor:
-    """The last E4M3 code (int64) that is not above z, for z from 0."""
+    """The last E4M3 code (int64) that is not above z, for z from 0 to 448: its bits are FP32's upper bits, with another
+    bias, once a subnormal z has been lifted by the smallest normal (which may round it up to the next code)."""
     z = z.clamp(max=448.0)
-    exponent = (z.view(torch.int32) >> 23).clamp(min=121)
-    t = z * ((257 - exponent) << 23).view(torch.float32)
-    return ((exponent - 121) << 3).long() + t.floor().long()
+    normal = z.view(torch.int32) - (120 << 23)
+    lifted = (z + 2.0**-6).view(torch.int32) - (121 << 23)
+    return (torch.where(z >= 2.0**-6, normal, lifted) >> 20).long()
 
 
 def bytes_an_element(kind: str) -> float:

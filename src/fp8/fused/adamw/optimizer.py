@@ -184,10 +184,13 @@ class AdamW(torch.optim.Optimizer):
         return followed
 
     def _settings(self, group: dict[str, Any], device: torch.device) -> Settings:
-        here = lambda name: (value := getattr(self, name, None)) if value is None else value.to(device)  # noqa: E731
+        found_inf, grad_scale = (
+            None if value is None else value.to(device)
+            for value in (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        )
         return Settings(
             group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"], group["moments"],
-            group["rounding"] == "stochastic", group["seed"], here("found_inf"), here("grad_scale"),
+            group["rounding"] == "stochastic", group["seed"], found_inf, grad_scale,
         )  # fmt: skip
 
 

@@ -39,9 +39,23 @@ from .reference import Settings, Slot, halves, single
 
 COLUMNS = 24  # of the table: 13 as in `triton_many`, then those that `update_rows` reads
 NOW = 8  # of `now`, FP32: step_size, inv_root, decay, factor of the gradient, and as int32: skip, step
-ROWS = 16  # of a block
-WARPS = 8
 KEPT = tuple(f"{name}_{part}" for name in moments.NAMES for part in ("amax", "k"))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Warps of a program, rows of the blocks that it updates at a time, and the most registers of a thread."""
+
+    warps: int = 8
+    rows: int = 16
+    registers: int | None = None
+
+
+def shape(mode: str, moments: str) -> Shape:
+    """The shape for a mode. 128 x 128 codes at 8 warps and 128 registers spill; at 16 warps they do not."""
+    if mode == "square":
+        return Shape(16, 16 if moments == "fp8" else 32)
+    return Shape(registers=128 if mode == "tensor" else None)
 
 
 # --------------------------------------------------------------------------- once a parameter
@@ -103,9 +117,9 @@ def begin(
 def code_below(z):
     """The last E4M3 code (int32) that is not above z, from 0."""
     z = tl.minimum(z, 448.0)
-    exponent = tl.maximum(z.to(tl.int32, bitcast=True) >> 23, 121)
-    t = z * ((257 - exponent) << 23).to(tl.float32, bitcast=True)
-    return ((exponent - 121) << 3) + tl.floor(t).to(tl.int32)
+    normal = z.to(tl.int32, bitcast=True) - (120 << 23)
+    lifted = (z + 0.015625).to(tl.int32, bitcast=True) - (121 << 23)
+    return tl.where(z >= 0.015625, normal, lifted) >> 20
 
 
 @triton.jit
@@ -153,7 +167,8 @@ def encode(x, word, roots_ptr, SIGNED: tl.constexpr, STOCHASTIC: tl.constexpr):
     low = tl.load(row + below)
     high = tl.load(row + tl.minimum(below + 1, 126))
     if STOCHASTIC:
-        up = word.to(tl.float32) * (high - low) < (u - low) * 65536.0
+        chance = ((word << 7) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0  # word / 2^16
+        up = chance * (high - low) < u - low
     else:
         up = u - low > high - u
     code = tl.minimum(below + up.to(tl.int32), 126)
@@ -279,8 +294,8 @@ def update_tiles(
     pid = tl.program_id(0)
     row = table_ptr + tl.load(owner_ptr + pid) * COLUMNS
     cols = tl.multiple_of(tl.load(row + 9), 128)
-    across = cols // BN
-    place = pid - tl.load(row + 10)
+    across = cols.to(tl.int32) // BN
+    place = pid - tl.load(row + 10).to(tl.int32)
     first = tl.multiple_of(place // across * BM * cols + place % across * BN, 128)
     for start in range(0, BM, ROWS):
         begins = first + (start + tl.arange(0, ROWS)) * cols
@@ -323,8 +338,11 @@ class Prepared:
     kept: tuple[Tensor, ...]
 
 
-def adamw(slots: Sequence[Slot], settings: Settings, prepared: Prepared | None = None) -> Prepared:
-    """`reference.adamw` on a GPU, equal in bytes; returns what to pass as `prepared` the next time."""
+def adamw(
+    slots: Sequence[Slot], settings: Settings, prepared: Prepared | None = None, use: Shape | None = None
+) -> Prepared:
+    """`reference.adamw` on a GPU, equal in bytes; returns what to pass as `prepared` the next time. `use` replaces the
+    shape of `update_tiles`, for measurements."""
     known_by = (settings.moments, settings.stochastic, *map(_addresses, slots))
     if prepared is None or prepared.known_by != known_by:
         prepared = _prepare(slots, settings, known_by, prepared)
@@ -333,15 +351,19 @@ def adamw(slots: Sequence[Slot], settings: Settings, prepared: Prepared | None =
     low = settings.seed & 0xFFFFFFFF
     numbers = (low - (low >> 31 << 32), beta2, c1, c2, single(settings.eps))
     for launch in prepared.launches:
-        same = {**launch.constants, "NOW": NOW, "COLUMNS": COLUMNS, "ROWS": ROWS, "num_warps": WARPS}
+        how = use if use is not None and launch.mode in MODES.values() else shape(launch.mode, settings.moments)
+        same = {
+            **launch.constants, "NOW": NOW, "COLUMNS": COLUMNS, "ROWS": how.rows, "num_warps": how.warps,
+            "maxnreg": how.registers, "enable_fp_fusion": False,
+        }  # fmt: skip
         grid, reads = (launch.programs,), (launch.table, launch.owner, prepared.now, prepared.roots)
         if launch.mode in ("line", "key"):
-            update_lines[grid](*reads, *numbers, KEYS=launch.mode == "key", enable_fp_fusion=False, **same)
+            update_lines[grid](*reads, *numbers, KEYS=launch.mode == "key", **same)
             continue
-        use, (e4m3, power_of_two) = plan(launch.mode, True), launch.form
+        tile, (e4m3, power_of_two) = plan(launch.mode, True), launch.form
         update_tiles[grid](
-            *reads, *numbers, 0.0, MODE=launch.mode, E4M3=e4m3, POWER=power_of_two, PARTS=PARTS, J=4, BM=use.rows,
-            BN=use.cols, enable_fp_fusion=False, maxnreg=128 if power_of_two else None, **same,
+            *reads, *numbers, 0.0, MODE=launch.mode, E4M3=e4m3, POWER=power_of_two, PARTS=PARTS, J=4, BM=tile.rows,
+            BN=tile.cols, **same,
         )  # fmt: skip
     return prepared
 
@@ -425,7 +447,7 @@ def _launch(group: tuple[Any, ...], members: list[tuple[int, Slot]], settings: S
     device = members[0][1].parameter.device
     counts, rows, first, nobody = [], [], 0, torch.zeros(1, device=device)
     for index, slot in members:
-        count = _programs(slot, mode)
+        count = _programs(slot, mode, settings.moments)
         rows.append(_row(index, slot, first, nobody))
         counts.append(count)
         first += count
@@ -441,9 +463,9 @@ def _launch(group: tuple[Any, ...], members: list[tuple[int, Slot]], settings: S
     return Launch(mode, form, constants, first, table, owner, (nobody, pinned, pinned_owner))
 
 
-def _programs(slot: Slot, mode: str) -> int:
+def _programs(slot: Slot, mode: str, moments: str) -> int:
     if slot.after is None or mode == "key":
-        return -(-slot.parameter.numel() // (ROWS * 128))
+        return -(-slot.parameter.numel() // (shape(mode, moments).rows * 128))
     use, (rows, cols) = plan(mode, True), slot.after.cast.x.shape
     return rows // use.rows * (cols // use.cols)
 
