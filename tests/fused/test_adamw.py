@@ -289,7 +289,9 @@ def test_codes_that_follow_are_those_of_a_refresh(recipe: str, dtype: torch.dtyp
         fresh = copy.deepcopy(model).eval()
         fp8.refresh(fresh)
         for held, made in zip(parts(model), parts(fresh), strict=True):
-            assert torch.equal(held.codes.view(torch.uint8), made.codes.view(torch.uint8)) or recipe == "delayed_article"
+            assert (
+                torch.equal(held.codes.view(torch.uint8), made.codes.view(torch.uint8)) or recipe == "delayed_article"
+            )
     assert same(*ends)
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fp8.formats import FORMATS
-from fp8.fused.adamw import moments, reference
+from fp8.fused.adamw import reference
 from fp8.fused.adamw.optimizer import fresh
 from fp8.fused.adamw.reference import After, Settings, Slot
-from fp8.quantize.many import Cast, key_of
+from fp8.quantize.many import Cast
 from fp8.tile import Tile
 from sass import compiled, disassemble, never_written, resources
 

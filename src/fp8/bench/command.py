@@ -15,6 +15,7 @@ from ..errors import BackendError, ConfigError, suggest
 MEASUREMENTS = {
     "quantize": "bytes against the reference, and bandwidth",
     "gemm": "FP8 products beside BF16",
+    "optimizer": "AdamW and the weights' codes, beside torch's fused AdamW",
     "layer": "a stack of transformer layers beside BF16 and torchao",
     "emulation": "the emulated accumulator against the real one, whole outputs",
 }
@@ -22,7 +23,7 @@ MEASUREMENTS = {
 
 def command(
     names: Annotated[
-        list[str] | None, typer.Argument(help="quantize, gemm, layer, emulation; all without a name")
+        list[str] | None, typer.Argument(help="quantize, gemm, optimizer, layer, emulation; all without a name")
     ] = None,
     out: Annotated[Path, typer.Option(help="folder for the JSON files")] = Path("bench/results"),
 ) -> None:
