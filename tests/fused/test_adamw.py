@@ -1,4 +1,4 @@
-"""`fp8.AdamW` as an optimizer: torch's results, skipped steps, states that go on bit for bit, and codes that are fresh."""
+"""`fp8.AdamW` as an optimizer: torch's results, skipped steps, states that go on bit for bit, and fresh codes."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_step_that_overflowed_changes_nothing(kind: str) -> None:
         optimizer.zero_grad()
         scaler.scale(model(torch.randn(4, 24)).square().mean()).backward()
         if bad:
-            next(model.parameters()).grad[0, 0] = torch.inf
+            next(model.parameters()).grad.fill_(torch.inf)  # type: ignore[union-attr]
         scaler.step(optimizer)
         scaler.update()
         assert same(before, everything(model, optimizer)) == bad
@@ -275,8 +275,8 @@ def test_moments_of_another_kind_are_refused() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_codes_that_follow_are_those_of_a_refresh(recipe: str, dtype: torch.dtype) -> None:
-    """The same run with codes written by the optimizer, and by a refresh after it: parameters, states, codes, scales and
-    the delayed state, bit for bit."""
+    """The same run with codes written by the optimizer, and by a refresh after it: parameters, states, codes, scales
+    and the delayed state, bit for bit."""
     ends = []
     for followed in (True, False):
         model = model_of(dtype, recipe)

@@ -1,4 +1,4 @@
-"""AdamW's kernels: the bytes of the reference, with all that follows; through the interpreter, on a GPU, and compiled."""
+"""AdamW's kernels: the bytes of the reference, with all that follows; interpreted, on a GPU, and compiled."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def after(p: Tensor, number: int) -> After | None:
     cast = Cast(
         p, codes, torch.zeros(cols, rows, dtype=codes.dtype, device=p.device),
         torch.zeros(tile.scale_shape(rows, cols), device=p.device), None, one if kind == "given" else None,
-        torch.full((), -1.0, device=p.device), torch.zeros(1, dtype=torch.int32, device=p.device) if kind == "key" else None,
+        torch.full((), -1.0, device=p.device),
+        torch.zeros(1, dtype=torch.int32, device=p.device) if kind == "key" else None,
     )  # fmt: skip
     return After(cast, FORMATS[form], tile, True)
 

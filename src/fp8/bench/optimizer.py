@@ -3,10 +3,10 @@
 
     python -m fp8.bench.optimizer --out DIR [--layers 4 --variants]
 
-Weights are FP32 (gradients too), or BF16 (BF16 gradients; `fp8.AdamW` keeps a master, torch's does not, so its bytes are
-fewer and its updates coarser). Random gradients. Median milliseconds of a step by CUDA events, what the host needs to
-start one, the bytes that must move, and their share of the 4.27 TB/s that a copy reaches. After each arm the codes held
-are compared with codes made anew: `stale` must be 0.
+Weights are FP32 (gradients too), or BF16 (BF16 gradients; `fp8.AdamW` keeps a master, torch's does not, so its bytes
+are fewer and its updates coarser). Random gradients. Median milliseconds of a step by CUDA events, what the host needs
+to start one, the bytes that must move, and their share of the 4.27 TB/s that a copy reaches. After each arm the codes
+held are compared with codes made anew: `stale` must be 0.
 """
 
 from __future__ import annotations

@@ -53,9 +53,9 @@ def write_codes(weights: Sequence[Weighted], keys: dict[Fp8Products, Tensor] | N
     for part, weight in weights:
         cast = dataclasses.replace(part.cast(weight), key=(keys or {}).get(part))
         groups.setdefault((weight.device, *part.weight_form()), []).append((part, weight, cast))
-    for (_, *form), members in groups.items():
+    for (_, form, tile, power_of_two), members in groups.items():
         holder = members[0][0]  # keeps what was prepared for the next time
-        holder.prepared = run_many([cast for _, _, cast in members], *form, holder.prepared)
+        holder.prepared = run_many([cast for _, _, cast in members], form, tile, power_of_two, holder.prepared)
         for part, weight, _ in members:
             part.wrote(weight)
 

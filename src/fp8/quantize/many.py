@@ -60,8 +60,13 @@ class Cast:
 
 
 def run_many(
-    casts: Sequence[Cast], format: Format, tile: Tile, power_of_two: bool, prepared: Any = None, backend: str | None = None
-) -> Any:  # fmt: skip
+    casts: Sequence[Cast],
+    format: Format,
+    tile: Tile,
+    power_of_two: bool,
+    prepared: Any = None,
+    backend: str | None = None,
+) -> Any:
     """`quantize_many` by the best backend. Returns what to pass as `prepared` the next time.
 
     `power_of_two` tells of given scales, too, that they are.

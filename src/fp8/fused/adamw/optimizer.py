@@ -107,8 +107,8 @@ class AdamW(torch.optim.Optimizer):
             if parameter.dtype not in STORED or parameter.layout != torch.strided or not parameter.is_contiguous():
                 self.param_groups.pop()
                 raise TensorError(
-                    f"fp8.AdamW takes dense, contiguous parameters in float32, bfloat16 or float16, not {told(parameter)}. "
-                    "Give that one to torch.optim.AdamW."
+                    "fp8.AdamW takes dense, contiguous parameters in float32, bfloat16 or float16, not "
+                    f"{told(parameter)}. Give that one to torch.optim.AdamW."
                 )
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ those whose codes are written as well.
                    needs of it; makes the keys zero
     update_lines   parameters as lines: 2048 numbers a program
     update_tiles   weights whose codes follow: a rectangle a program, updated 16 rows at a time; then, after a barrier,
-                   `cast_one` reads the rectangle back (from the L2: it was written a moment ago) and makes its codes, by
+                   `cast_one` reads the rectangle back (from the L2: it was just written) and makes its codes, by
                    the same instructions as `fp8.refresh`. Registers are those of the larger of the two, not their sum.
 
 Both update by `update_rows`, on blocks of 16 x 128 numbers, each row of which is a group of `moments.py`.
