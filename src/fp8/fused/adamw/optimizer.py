@@ -38,7 +38,7 @@ class AdamW(torch.optim.Optimizer):
     betas, eps, weight_decay    as in `torch.optim.AdamW`
     moments       what the two moments are kept in: "fp32" (8 bytes an element), "bf16" (4) or "fp8" (2.1, with an
                   expanded range: see `moments.py`)
-    rounding      of BF16 and FP8 moments: "stochastic" or "nearest", which freezes small changes
+    rounding      of moments: "stochastic" or "nearest"; None: stochastic in BF16, nearest in FP8 (`moments.py` has why)
     seed          of the stochastic rounding: the same seed, the same bits
 
     Parameters are FP32; or BF16 or FP16, for which an FP32 master is kept in the state (4 bytes an element) and takes
@@ -75,7 +75,7 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         *,
         moments: str = "fp32",
-        rounding: str = "stochastic",
+        rounding: str | None = None,
         seed: int = 0,
     ) -> None:
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 32:
@@ -190,7 +190,8 @@ class AdamW(torch.optim.Optimizer):
         )
         return Settings(
             group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"], group["moments"],
-            group["rounding"] == "stochastic", group["seed"], found_inf, grad_scale,
+            (group["rounding"] or kept.ROUNDING[group["moments"]]) == "stochastic",
+            group["seed"], found_inf, grad_scale,
         )  # fmt: skip
 
 
@@ -229,7 +230,8 @@ def check(group: dict[str, Any]) -> None:
     """Refuse settings out of range."""
     if group["moments"] not in kept.KINDS:
         raise ConfigError(f"moments cannot be {group['moments']!r}. {suggest(group['moments'], kept.KINDS)}")
-    one_of(group["rounding"], ROUNDING, "rounding")
+    if group["rounding"] is not None:
+        one_of(group["rounding"], ROUNDING, "rounding")
     lr, betas = group["lr"], group["betas"]
     if isinstance(lr, Tensor):
         if lr.dtype != torch.float32 or lr.numel() != 1:
