@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 LINE = re.compile(r"\s+/\*([0-9a-f]{4,5})\*/\s+(?:(@!?U?P\w+)\s+)?(\S+)\s*(.*?)\s*;")
 NO_RESULT = {
@@ -17,6 +18,32 @@ NO_RESULT = {
     "MEMBAR", "R2UR", "WARPSYNC", "VOTEU", "PLOP3", "R2P",
 }  # fmt: skip
 Instruction = tuple[int, str | None, str, str]
+
+
+def compiled(kernel: Any, constants: dict[str, Any], types: dict[str, str], aligned: set[str], **options: Any) -> Any:
+    """A kernel for sm_90, built without a GPU: `types` of its arguments (an int32 where none is named), and which of
+    them are multiples of 16. The result has `asm["ptx"]` and `asm["cubin"]`."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as build
+
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    places = {(names.index(name),): value for name, value in constants.items()}
+    known = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, signature=signature, constexprs=places, attrs=known)
+    return build(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def resources(cubin: bytes, folder: Path) -> dict[str, int]:
+    """Registers a thread and bytes of stack (spilled registers) of a kernel: {"REG": 96, "STACK": 0, ...}."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    text = subprocess.run([str(tool), "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", text)}
 
 
 def disassemble(cubin: bytes, folder: Path) -> str:
@@ -36,7 +63,7 @@ def reads_and_writes(op: str, args: str) -> tuple[list[int], list[int]]:
         place = 1 if re.match(r"\s*(PT|P\d)", parts[0]) else 0
         result = re.match(r"\s*R(\d+)", parts[place]) if len(parts) > place else None
         if result:
-            wide = 4 if ".128" in op else 2 if ".64" in op or "WIDE" in op else 1
+            wide = 4 if ".128" in op else 2 if re.search(r"\.[US]?64|WIDE", op) else 1
             writes = [int(result.group(1)) + i for i in range(wide)]
             parts = parts[:place] + parts[place + 1 :]
     return [int(r) for r in re.findall(r"\bR(\d+)", ",".join(parts))], writes

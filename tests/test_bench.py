@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fp8.bench import plan, rates
+from fp8.bench import optimizer, plan, rates
 from fp8.bench.command import command
 from fp8.bench.table import markdown
 from fp8.cost import fit
@@ -84,3 +84,19 @@ def test_what_bench_rates_writes_is_what_the_fit_reads(tmp_path: Path, monkeypat
 
 def test_a_shape_that_is_held_out_is_measured() -> None:
     assert {*rates.LLAMA, *rates.MIDDLE, *rates.SMALL, *rates.DECODE} >= rates.HELD
+
+
+def test_the_optimizers_are_measured_on_any_device_and_leave_no_stale_codes() -> None:
+    rows = optimizer.measure(1, torch.float32, "cpu", matrices=((64, 32), (32, 64)), only=["blockwise", "no codes"])
+    assert {row.stale for row in rows} == {None, 0}
+    assert [row.recipe for row in rows].count("blockwise") == 5
+
+
+def test_the_bytes_of_a_step() -> None:
+    """By hand: FP32 weights and moments 28; codes and, where it is not in the same pass, another read."""
+    of = lambda *rest: optimizer.bytes_of(1, *rest)  # noqa: E731
+    assert of(torch.float32, None, None, False) == of(torch.float32, "fp32", None, False) == 28
+    assert of(torch.float32, None, "blockwise", False) == 28 + 4 + 2
+    assert of(torch.float32, "fp32", "blockwise", True) == 28 + 2
+    assert of(torch.float32, "bf16", "tensorwise", True) == 20 + 4 + 2
+    assert of(torch.bfloat16, "bf16", None, False) == 2 + 8 + 2 + 8

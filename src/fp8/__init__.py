@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .formats import FORMATS, Format
+from .fused.adamw import AdamW
 from .matmul import explain_matmul, matmul
 from .nn import (
     Conv2d,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMATS",
+    "AdamW",
     "Conv2d",
     "Format",
     "Linear",

@@ -94,6 +94,10 @@ class DelayedState(ScaleState):
 
     def after(self, operand: int, amax: Tensor, scale: Tensor) -> None:
         record(self.pending, amax, operand)
+        self.noted(operand, scale)
+
+    def noted(self, operand: int, scale: Tensor) -> None:
+        """The rest of `after`, where a kernel has raised `pending` itself."""
         if not torch.compiler.is_compiling():
             self.seen[operand] = True
         if not self.warm[operand]:  # stands until the first update, and after it if that step is discarded

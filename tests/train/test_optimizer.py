@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+import fp8
 import fp8.train.loss_scale as room
+from fp8.errors import ConfigError
 from fp8.train import TrainConfig, adjust_hyperparameters, gradient_variance, learning_rate
 from fp8.train.optimizer import make_optimizer
 
@@ -40,10 +42,21 @@ def test_only_matrices_decay() -> None:
     assert [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups] == [(0.3, 1), (0.0, 3)]
 
 
-def test_gradient_variance_is_that_of_the_gradients() -> None:
+def test_the_settings_choose_the_optimizer() -> None:
+    model = nn.Linear(4, 4)
+    assert isinstance(make_optimizer(model, TrainConfig()), torch.optim.AdamW)
+    ours = make_optimizer(model, TrainConfig(optimizer="fp8", moments="bf16", seed=3))
+    assert isinstance(ours, fp8.AdamW)
+    assert [(g["moments"], g["seed"], g["betas"]) for g in ours.param_groups] == [("bf16", 3, (0.9, 0.95))] * 2
+    with pytest.raises(ConfigError, match="add optimizer='fp8'"):
+        TrainConfig(moments="fp8")
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, fp8.AdamW])
+def test_gradient_variance_is_that_of_the_gradients(kind: type) -> None:
     torch.manual_seed(0)
     parameter = nn.Parameter(torch.zeros(50, 50))
-    optimizer = torch.optim.AdamW([parameter], betas=(0.99, 0.99))
+    optimizer = kind([parameter], betas=(0.99, 0.99))
     assert gradient_variance(optimizer) == 0.0
     for _ in range(400):
         parameter.grad = 3.0 + 0.5 * torch.randn(50, 50)

@@ -27,6 +27,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "delayed": {"recipe": "delayed", "gradient_accumulation": 2, "loss_scale": "dynamic", "loss_scale_interval": 3},
     "delayed_article": {"recipe": "delayed_article", "loss_scale": 64},
     "blockwise": {"recipe": "blockwise", "skip": ("layers.1.*",)},
+    "fp8.AdamW": {"recipe": "blockwise", "optimizer": "fp8", "moments": "fp8", "loss_scale": "dynamic"},
 }
 
 

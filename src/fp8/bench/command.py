@@ -15,6 +15,7 @@ from ..errors import BackendError, ConfigError, suggest
 MEASUREMENTS = {
     "quantize": "bytes against the reference, and bandwidth",
     "gemm": "FP8 products beside BF16",
+    "optimizer": "AdamW and the weights' codes, beside torch's fused AdamW",
     "train": "training steps beside BF16, torchao and TransformerEngine",
     "rates": "what `fp8 plan` goes by: products, casts, attention, launches",
     "plan": "five steps, predicted beside measured",
@@ -24,7 +25,8 @@ MEASUREMENTS = {
 
 def command(
     names: Annotated[
-        list[str] | None, typer.Argument(help="quantize, gemm, train, rates, plan, emulation; all without a name")
+        list[str] | None,
+        typer.Argument(help="quantize, gemm, optimizer, train, rates, plan, emulation; all without a name"),
     ] = None,
     out: Annotated[Path, typer.Option(help="folder for the JSON files")] = Path("bench/results"),
 ) -> None:

@@ -4,6 +4,7 @@ where it was made, and is never stored in BF16.
     norm         residual add and RMS norm; its transposed codes, made again for the backward; its backward
     activation   gated or plain; its backward, which also makes the transposed codes of what the forward gave
     across       the transposed codes of a matrix, later than the others
+    adamw        the optimizer, which writes the next step's weight codes (`fp8.AdamW`)
     rope         rotary positions of a joined q, k, v product; their backward
 
 Each has a reference, which defines it, and kernels that equal the unfused path in bytes: what is quantized, and what is

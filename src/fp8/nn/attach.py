@@ -6,14 +6,18 @@ one's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..fused.adamw import AdamW, After
+from ..quantize.many import Cast, run_many
 from ..scaling import ScaleState, scale_gradients, update
+from .linear import Weighted
 from .products import Fp8Products
 
 
@@ -24,16 +28,36 @@ def refresh(model: nn.Module) -> None:
     quantizes its weight. So does, always, a layer whose weight is no parameter but computed from some (by
     `weight_norm`, a parametrization, or a reordering of a channels-last kernel): its codes would be stale at once.
     """
+    write_codes(list(_weights(model)))
+
+
+def _weights(model: nn.Module) -> Iterator[Weighted]:
+    """The FP8 parts with a recipe and the weights whose codes they hold. A computed weight's codes are dropped here."""
     for module in model.modules():
         weights = getattr(module, "fp8_weights", None)
-        if weights is not None:
-            stored = {p.untyped_storage().data_ptr() for p in module.parameters()}
-            with torch.no_grad():
-                for part, weight in weights():
-                    if weight.untyped_storage().data_ptr() in stored:
-                        part.refresh(weight)
-                    else:
-                        part.forget()
+        if weights is None:
+            continue
+        stored = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        for part, weight in weights():
+            if weight.untyped_storage().data_ptr() not in stored:
+                part.forget()
+            elif part.recipe is not None:
+                yield part, weight
+
+
+@torch.no_grad()
+def write_codes(weights: Sequence[Weighted], keys: dict[Fp8Products, Tensor] | None = None) -> None:
+    """Write the codes of all these weights: those of one device and one way to quantize in one go. `keys`: where the
+    amax was measured already."""
+    groups: dict[tuple[Any, ...], list[tuple[Fp8Products, Tensor, Cast]]] = {}
+    for part, weight in weights:
+        cast = dataclasses.replace(part.cast(weight), key=(keys or {}).get(part))
+        groups.setdefault((weight.device, *part.weight_form()), []).append((part, weight, cast))
+    for (_, form, tile, power_of_two), members in groups.items():
+        holder = members[0][0]  # keeps what was prepared for the next time
+        holder.prepared = run_many([cast for _, _, cast in members], form, tile, power_of_two, holder.prepared)
+        for part, weight, _ in members:
+            part.wrote(weight)
 
 
 def update_scales(model: nn.Module, found_inf: Tensor | bool | None = None) -> None:
@@ -53,7 +77,10 @@ class Attached:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, grad_scaler: Any) -> None:
         self.model, self.optimizer, self.scaler = model, optimizer, grad_scaler
-        self.stepped = False
+        self.stepped = self.updated = False
+        self.following: dict[Fp8Products, Tensor] = {}
+        if isinstance(optimizer, AdamW):
+            optimizer.before_update.append(self._before_update)
         if grad_scaler is not None:
             _refuse_a_second(grad_scaler.update, model)
             self._update = grad_scaler.update
@@ -62,8 +89,40 @@ class Attached:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.stepped = True
-        update_scales(self.model, getattr(optimizer, "found_inf", None))
-        refresh(self.model)
+        if not self.updated:
+            update_scales(self.model, getattr(optimizer, "found_inf", None))
+        self.updated = False
+        self._refresh()
+
+    def _before_update(self, found_inf: Tensor | None) -> dict[Tensor, After]:
+        """Called by `fp8.AdamW` when the gradients are final: the scales of the next step, and which codes to write."""
+        update_scales(self.model, found_inf)
+        self.updated, self.following = True, {}
+        whole = {p.data_ptr(): p for group in self.optimizer.param_groups for p in group["params"]}
+        follows: dict[Tensor, After] = {}
+        for part, weight in _weights(self.model):
+            parameter = whole.get(weight.data_ptr())
+            if parameter is None or parameter in follows or parameter.numel() != weight.numel():
+                continue
+            if part.codes_follow and weight.is_contiguous():
+                follows[parameter] = After(part.cast(weight), *part.weight_form())
+                self.following[part] = parameter
+        return follows
+
+    def _refresh(self) -> None:
+        """Write the codes that the optimizer has not written."""
+        done = self.optimizer.followed if isinstance(self.optimizer, AdamW) else {}
+        left, keys = [], {}
+        for part, weight in _weights(self.model):
+            after = done.get(self.following[part]) if part in self.following else None
+            if after is not None and after.cast.key is None:
+                part.wrote(weight)
+                continue
+            left.append((part, weight))
+            if after is not None:
+                keys[part] = after.cast.key
+        self.following = {}
+        write_codes(left, keys)
 
     def _after_scaler(self, new_scale: Any = None) -> None:
         """In place of `GradScaler.update`: a step that it skipped is discarded; a new loss scale moves the gradients'
@@ -80,6 +139,8 @@ class Attached:
 
     def remove(self) -> None:
         self.hook.remove()
+        if isinstance(self.optimizer, AdamW) and self._before_update in self.optimizer.before_update:
+            self.optimizer.before_update.remove(self._before_update)
         if self.scaler is not None:
             self.scaler.update = self._update
 

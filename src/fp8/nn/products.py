@@ -15,8 +15,8 @@ at both ends.
 `Fp8Products` is the part of a layer that holds what this needs: the recipe, the state of delayed scaling, and the
 weight's codes once `refresh` has been called. It owns no parameter: the layer passes its weight in.
 
-**Weight codes.** Without a refresh every forward quantizes the weight it is given. `refresh` writes the codes of the
-current parameter, both orientations, into buffers, which are used until the module is moved, cast, copied or loaded
+**Weight codes.** Without a refresh every forward quantizes the weight it is given. `fp8.refresh` writes the codes of
+the current parameter, both orientations, into buffers, which are used until the module is moved, cast, copied or loaded
 into. Whoever updates the weights calls it again (`fp8.attach` does so after each optimizer step); in eager mode another
 tensor in the parameter's place, or a version counter that moved without a refresh, is noticed, and the stale codes are
 not used. A weight that is computed anew for each call has no codes to hold.
@@ -36,12 +36,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..errors import CheckpointError, ConvertError, ShapeError, TensorError
-from ..formats import format_of
+from ..formats import Format, format_of
 from ..matmul import run_matmul
 from ..quantize import INPUTS, Quantized, run_quantize, run_quantize_both
-from ..quantize.record import as_matrix
+from ..quantize.many import Cast
+from ..quantize.record import as_matrix, room_for_scale
 from ..recipe import Operand, Recipe
 from ..scaling import DelayedState, ScaleState, state_for
+from ..tile import Tile
 from .autocast import Products, active, recipe_in_use
 
 X, W, GRAD = 0, 1, 2
@@ -152,6 +154,7 @@ class Fp8Products(nn.Module):
         for part in PARTS:
             self.register_buffer(part, None, persistent=False)
         self.made_of: tuple[int, int] | None = None
+        self.prepared: Any = None
         self.last: Recipe | None = None
         self.set_recipe(recipe)
 
@@ -242,38 +245,68 @@ class Fp8Products(nn.Module):
         return Quantized(self.codes, self.scale, tile, row), Quantized(self.codes_t, scale_t, tile, row)
 
     @torch.no_grad()
-    def quantize_weight(self, weight: Tensor, record: bool = False) -> tuple[Quantized, Quantized]:
+    def quantize_weight(self, weight: Tensor) -> tuple[Quantized, Quantized]:
         """The codes of a weight [N, K] and of its transpose, as the layer's next forward would make them."""
         recipe = self.recipe or recipe_in_use(None)
         if recipe is None:
             raise ConvertError(f"{self.name or 'this layer'} has no recipe: fp8.convert the model first.")
         state = self._state(recipe, weight)
-        return Run(recipe, state, record, False, None, None, self.name).quantize(weight, W)
+        return Run(recipe, state, False, False, None, None, self.name).quantize(weight, W)
+
+    def weight_form(self) -> tuple[Format, Tile, bool]:
+        """Format and tile of the weight's codes, and whether its scales are powers of two. The layer has a recipe."""
+        assert self.recipe is not None
+        return format_of(self.recipe.w.format), self.recipe.w.tile, self.recipe.power_of_two
+
+    @property
+    def codes_follow(self) -> bool:
+        """Whether an optimizer can make the weight's codes, or measure its amax, as it updates it: with one scale for
+        the tensor, or for 128x128."""
+        recipe = self.recipe
+        article = recipe is not None and recipe.delayed is not None and recipe.delayed.rule == "article"
+        return recipe is not None and not article and str(recipe.w.tile) in ("tensor", "128x128")
 
     @torch.no_grad()
-    def refresh(self, weight: Tensor) -> None:
-        """Write the codes of the weight as it is now into the buffers, in place."""
-        if self.recipe is None:
-            return
-        q, q_t = self.quantize_weight(weight, record=self.training)
-        fresh = {"codes": q.codes, "codes_t": q_t.codes, "scale": q.scale, "scale_t": q_t.scale}
-        if self.recipe.w.tile.transposes:
-            del fresh["scale_t"]
-        for part, value in fresh.items():
-            held = getattr(self, part)
-            if held is None:
-                setattr(self, part, value.clone())
-            else:
-                held.copy_(value)
+    def cast(self, weight: Tensor) -> Cast:
+        """What makes the codes of the weight as it is now, into the buffers, which stay where they are. The layer has a
+        recipe; call `wrote` afterwards."""
+        recipe = self.recipe
+        assert recipe is not None
+        self._make_room(weight.shape, weight.device, recipe.w)
+        state, given, amax = self._state(recipe, weight), None, None
+        if isinstance(state, DelayedState):
+            given = state.scale[W] if state.warm[W] else None
+            amax = state.pending[W] if self.training else None
+        elif state is not None:
+            self.scale.copy_(state.before(W, weight, self.training))
+            given = self.scale
+        scale_t = None if recipe.w.tile.transposes else self.scale_t
+        return Cast(weight.detach().contiguous(), self.codes, self.codes_t, self.scale, scale_t, given, amax)
+
+    def wrote(self, weight: Tensor) -> None:
+        """Take note that the buffers now hold the codes of this weight."""
+        if self.training and isinstance(self.delayed, DelayedState):
+            self.delayed.noted(W, self.scale)
         self.made_of = _mark(weight)
+
+    def _make_room(self, shape: tuple[int, ...], device: torch.device, w: Operand) -> None:
+        """The buffers for codes [N, K], their transpose and scales, where there are none of this shape."""
+        if self.codes is not None and self.codes.shape == shape and self.codes.device == device:
+            return
+        rows, cols = shape
+        self.codes = torch.empty(rows, cols, dtype=format_of(w.format).dtype, device=device)
+        self.codes_t = torch.empty(cols, rows, dtype=self.codes.dtype, device=device)
+        self.scale = room_for_scale(w.tile, rows, cols, device)
+        self.scale_t = None if w.tile.transposes else room_for_scale(w.tile, cols, rows, device)
 
     def forget(self) -> None:
         """Drop the weight codes: until the next refresh every forward quantizes."""
-        self.codes = self.codes_t = self.scale = self.scale_t = self.made_of = None
+        self.codes = self.codes_t = self.scale = self.scale_t = self.made_of = self.prepared = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What copying and pickling take along: all but the codes, whose weight is another one there."""
-        return {**self.__dict__, "_buffers": {**self._buffers, **dict.fromkeys(PARTS)}, "made_of": None, "last": None}
+        bare = {"_buffers": {**self._buffers, **dict.fromkeys(PARTS)}, **dict.fromkeys(("made_of", "last", "prepared"))}
+        return {**self.__dict__, **bare}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Products:
         self.forget()

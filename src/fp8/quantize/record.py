@@ -89,3 +89,11 @@ def spread(scale: Tensor, tile: Tile, rows: int, cols: int) -> Tensor:
     if scale.shape[1] > 1 and width > 1:
         scale = scale.repeat_interleave(width, 1)[:, :cols]
     return scale
+
+
+def room_for_scale(tile: Tile, rows: int, cols: int, device: torch.device) -> Tensor:
+    """Room for the scales of a matrix; on a GPU those of 1x128 lie column by column, as cuBLASLt reads them."""
+    down, across = tile.scale_shape(rows, cols)
+    if str(tile) == "1x128" and device.type == "cuda":
+        return torch.empty(across, down, dtype=torch.float32, device=device).t()
+    return torch.empty(down, across, dtype=torch.float32, device=device)

@@ -45,26 +45,32 @@ from .triton_cast import (
 
 
 @triton.jit
-def partial_keys(x_ptr, keys_ptr, count, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    """keys[p] = the largest key of what program p reads: stretches of BLOCK of x, seen as a line of `count` numbers."""
+def largest_key(x_ptr, count, part, parts, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+    """The largest key of a part of x, a line of `count` numbers: every `parts`-th stretch of BLOCK."""
     lane = tl.arange(0, BLOCK)
     best = tl.zeros([BLOCK], tl.int32)
-    step = tl.num_programs(0).to(tl.int64) * BLOCK
-    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, count, step):
+    for start in range(part.to(tl.int64) * BLOCK, count, parts.to(tl.int64) * BLOCK):
         if EVEN:
             x = tl.load(x_ptr + start + lane)
         else:
             x = tl.load(x_ptr + start + lane, mask=lane < count - start, other=0.0)
         best = tl.maximum(best, key(x.to(tl.float32)))
-    tl.store(keys_ptr + tl.program_id(0), tl.max(best, axis=0))
+    return tl.max(best, axis=0)
 
 
 @triton.jit
-def row_column_keys(x_ptr, keys_ptr, rows, cols, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr):
-    """Raises keys [rows + cols + 1], zero before, to the largest key of each row, each column, and the whole matrix."""
-    across = tl.cdiv(cols, BN)
-    r = tl.program_id(0) // across * BM + tl.arange(0, BM)
-    c = tl.program_id(0) % across * BN + tl.arange(0, BN)
+def partial_keys(x_ptr, keys_ptr, count, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+    """keys[p] = the largest key of what program p reads."""
+    tl.store(keys_ptr + tl.program_id(0), largest_key(x_ptr, count, tl.program_id(0), tl.num_programs(0), BLOCK, EVEN))
+
+
+@triton.jit
+def raise_row_column_keys(
+    x_ptr, keys_ptr, rows, cols, tile_r, tile_c, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr
+):
+    """One rectangle's share of keys [rows + cols + 1], zero before: the largest of each row, each column, and all."""
+    r = tile_r * BM + tl.arange(0, BM)
+    c = tile_c * BN + tl.arange(0, BN)
     at = x_ptr + r.to(tl.int64)[:, None] * cols + c[None, :]
     if EVEN:
         x = tl.load(at)
@@ -75,6 +81,14 @@ def row_column_keys(x_ptr, keys_ptr, rows, cols, BM: tl.constexpr, BN: tl.conste
     tl.atomic_max(keys_ptr + r, tl.max(keys, axis=1), mask=r < rows, sem="relaxed")
     tl.atomic_max(keys_ptr + rows + c, down, mask=c < cols, sem="relaxed")
     tl.atomic_max(keys_ptr + rows + cols, tl.max(down, axis=0), sem="relaxed")
+
+
+@triton.jit
+def row_column_keys(x_ptr, keys_ptr, rows, cols, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr):
+    """`raise_row_column_keys` of a whole matrix, a rectangle a program."""
+    across = tl.cdiv(cols, BN)
+    tile_r, tile_c = tl.program_id(0) // across, tl.program_id(0) % across
+    raise_row_column_keys(x_ptr, keys_ptr, rows, cols, tile_r, tile_c, BM, BN, EVEN)
 
 
 @triton.jit
@@ -131,35 +145,23 @@ def pack(codes, H: tl.constexpr, J: tl.constexpr, BN: tl.constexpr):
     return tl.sum(codes.to(tl.uint32) << place.to(tl.uint32), axis=1).to(tl.uint32)
 
 
-@triton.jit(
-    do_not_specialize=["down", "across", "parts", "seed_low", "seed_high", "stream"],
-)
-def cast_tiles(
+@triton.jit
+def cast_rectangle(
     x_ptr, codes_ptr, codes_t_ptr, scale_ptr, scale_t_ptr, keys_ptr, amax_ptr,
-    rows, cols, down, across, stride_r, stride_c, stride_tr, stride_tc, parts,
+    rows, cols, tile_r, tile_c, stride_r, stride_c, stride_tr, stride_tc, parts,
     seed_low, seed_high, stream, nothing,
     MODE: tl.constexpr, GIVEN: tl.constexpr, BOTH: tl.constexpr, GROUP: tl.constexpr, E4M3: tl.constexpr,
     POWER: tl.constexpr, STOCHASTIC: tl.constexpr, QUAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
-    PARTS: tl.constexpr, J: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr,
+    PARTS: tl.constexpr, J: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RAISE: tl.constexpr,
 ):  # fmt: skip
-    """x [rows, cols] to codes, and with BOTH to codes_t [cols, rows]. `down x across` rectangles, one program each.
+    """The rectangle (tile_r, tile_c) of x [rows, cols] to codes, and with BOTH to codes_t [cols, rows].
 
     `nothing` is 0.0, which the compiler must not know (`nearest_again`). `keys_ptr` is read by current and row;
-    `amax_ptr` (int32 bits, zero before) is raised by the other modes.
-    BAND rectangles in a column follow each other before the next column starts (1: row after row of rectangles).
+    `amax_ptr` (int32 bits, zero or less before) is raised by the other modes, and with RAISE by these two as well.
+    J = 1 with BOTH is for any number of rows: the transposed codes leave as single bytes.
     """
     H: tl.constexpr = BM // J
-    pid = tl.program_id(0)
-    if MODE == "current" or MODE == "row":
-        pid = down * across - 1 - pid
-    if BAND == 1:
-        tile_r, tile_c = pid // across, pid % across
-    else:
-        first = pid // (BAND * across) * BAND
-        height = tl.minimum(down - first, BAND)
-        within = pid % (BAND * across)
-        tile_r, tile_c = first + within % height, within // height
-
+    first = (tile_r == 0) & (tile_c == 0)
     i = tl.arange(0, H)[:, None]
     j = tl.arange(0, J)[None, :]
     r = tile_r * BM + i * J + j
@@ -180,9 +182,12 @@ def cast_tiles(
         bits = amax_bits(tl.max(tl.load(keys_ptr + lane, mask=lane < parts, other=0), axis=0))
         scale = scale_of(bits, E4M3, POWER)
         factor = factor_of(scale, POWER)
-        if pid == 0:
+        if first:
             tl.store(scale_ptr, scale)
-            tl.store(amax_ptr, bits.to(tl.float32, bitcast=True))
+            if RAISE:
+                raise_amax(amax_ptr, bits)
+            else:
+                tl.store(amax_ptr, bits.to(tl.float32, bitcast=True))
     elif MODE == "square":
         bits = amax_bits(tl.max(key(x)))
         if GIVEN:
@@ -206,8 +211,12 @@ def cast_tiles(
             if tile_r == 0:
                 tl.store(scale_t_ptr + c, scale_t, mask=c < cols)
             factor_t = factor_of(scale_t, POWER)[None, None, :]
-            if pid == 0:
-                tl.store(amax_ptr, amax_bits(tl.load(keys_ptr + rows + cols)).to(tl.float32, bitcast=True))
+            if first:
+                bits = amax_bits(tl.load(keys_ptr + rows + cols))
+                if RAISE:
+                    raise_amax(amax_ptr, bits)
+                else:
+                    tl.store(amax_ptr, bits.to(tl.float32, bitcast=True))
     else:
         GROUPS: tl.constexpr = BN // GROUP
         keys = key(x)
@@ -251,15 +260,51 @@ def cast_tiles(
             codes = encode(x, scaled(x, factor_t, POWER), word, E4M3, STOCHASTIC)
         elif E4M3 and not STOCHASTIC:
             codes = nearest_again(x, scaled(x, factor, POWER), nothing)
-        turned = tl.trans(pack(codes, H, J, BN))
+        if J == 1:
+            turned = tl.trans(tl.reshape(codes, [H, BN]))
+            base = codes_t_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
+        else:
+            turned = tl.trans(pack(codes, H, J, BN))
+            base = codes_t_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
         words = rows // J
         if ALIGNED:
             words = tl.multiple_of(words, 16 // J)
         k = tile_r * H + tl.arange(0, H)
-        out_t = codes_t_ptr.to(tl.pointer_type(tl.uint32), bitcast=True) + (
-            c.to(tl.int64)[:, None] * words + k[None, :]
-        )
+        out_t = base + (c.to(tl.int64)[:, None] * words + k[None, :])
         if EVEN:
             tl.store(out_t, turned)
         else:
             tl.store(out_t, turned, mask=(c < cols)[:, None] & (k < words)[None, :])
+
+
+@triton.jit(
+    do_not_specialize=["down", "across", "parts", "seed_low", "seed_high", "stream"],
+)
+def cast_tiles(
+    x_ptr, codes_ptr, codes_t_ptr, scale_ptr, scale_t_ptr, keys_ptr, amax_ptr,
+    rows, cols, down, across, stride_r, stride_c, stride_tr, stride_tc, parts,
+    seed_low, seed_high, stream, nothing,
+    MODE: tl.constexpr, GIVEN: tl.constexpr, BOTH: tl.constexpr, GROUP: tl.constexpr, E4M3: tl.constexpr,
+    POWER: tl.constexpr, STOCHASTIC: tl.constexpr, QUAD: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
+    PARTS: tl.constexpr, J: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """A whole matrix: `down x across` rectangles, one program each; see `cast_rectangle`.
+
+    BAND rectangles in a column follow each other before the next column starts (1: row after row of rectangles).
+    """
+    pid = tl.program_id(0)
+    if MODE == "current" or MODE == "row":
+        pid = down * across - 1 - pid
+    if BAND == 1:
+        tile_r, tile_c = pid // across, pid % across
+    else:
+        first = pid // (BAND * across) * BAND
+        height = tl.minimum(down - first, BAND)
+        within = pid % (BAND * across)
+        tile_r, tile_c = first + within % height, within // height
+    cast_rectangle(
+        x_ptr, codes_ptr, codes_t_ptr, scale_ptr, scale_t_ptr, keys_ptr, amax_ptr,
+        rows, cols, tile_r, tile_c, stride_r, stride_c, stride_tr, stride_tc, parts,
+        seed_low, seed_high, stream, nothing,
+        MODE, GIVEN, BOTH, GROUP, E4M3, POWER, STOCHASTIC, QUAD, EVEN, ALIGNED, PARTS, J, BM, BN, False,
+    )  # fmt: skip

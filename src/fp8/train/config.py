@@ -77,6 +77,12 @@ class TrainConfig:
     beta1: float = setting(float, 0.9, "AdamW's first decay rate", 0, 0.9999999)
     beta2: float = setting(float, 0.95, "AdamW's second decay rate", 0, 0.9999999)
     eps: float = setting(float, 1e-8, "AdamW's epsilon", 1e-30, 1)
+    optimizer: str = setting(
+        str, "torch", "torch's AdamW, or fp8.AdamW, which writes the weight codes as well", choices=("torch", "fp8")
+    )
+    moments: str = setting(
+        str, "fp32", "what fp8.AdamW keeps its moments in (optimizer = 'fp8')", choices=("fp32", "bf16", "fp8")
+    )
     clip: float = setting(float, 1.0, "largest norm of the gradient; 0: no clipping", 0, 1e12)
     loss_scale: str | float = setting(str, "none", "none, dynamic, or a number that multiplies the loss")
     loss_scale_interval: int = setting(int, 2000, "good steps before a dynamic loss scale doubles", 1, 1 << 40)
@@ -97,10 +103,15 @@ class TrainConfig:
             if one.name not in ("recipe", "loss_scale"):
                 object.__setattr__(self, one.name, checked(one, getattr(self, one.name)))
         self._check_heads()
+        self._check_moments()
         if self.warmup_steps is not None and self.warmup_steps > self.steps:
             raise ConfigError(
                 f"warmup_steps={self.warmup_steps} is longer than the run of steps={self.steps}; lower it."
             )
+
+    def _check_moments(self) -> None:
+        if self.moments != "fp32" and self.optimizer != "fp8":
+            raise ConfigError(f"moments={self.moments!r} is a setting of fp8.AdamW: add optimizer='fp8'.")
 
     def _check_heads(self) -> None:
         hidden, heads, kv = (self.sizes[k] for k in ("hidden_size", "num_attention_heads", "num_kv_heads"))

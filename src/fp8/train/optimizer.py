@@ -2,7 +2,8 @@
 
 Because the rate depends on the step alone, and not on how often a scheduler was called, a resumed run cannot drift
 from one that was never interrupted. The optimizer is torch's fused AdamW: it takes `found_inf`, so a gradient scaler
-skips a step on the device, without waiting for it, and its hooks run for a skipped step too.
+skips a step on the device, without waiting for it, and its hooks run for a skipped step too. `optimizer = "fp8"` takes
+`fp8.AdamW` in its place: the same rule in another order of roundings, with the weight codes written in the same pass.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..fused.adamw import AdamW, moments
 from .config import TrainConfig
 
 
@@ -51,7 +53,7 @@ def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     yield from (pair for pair in named if pair[1].ndim < 2)
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW that decays matrices only; biases, norms and other vectors keep their size."""
     parameters = [p for _, p in trained(model)]
     groups: list[dict[str, Any]] = [
@@ -59,7 +61,10 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    betas = (config.beta1, config.beta2)
+    if config.optimizer == "fp8":
+        return AdamW(groups, config.lr, betas, config.eps, moments=config.moments, seed=config.seed % (1 << 32))
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
 def gradient_variance(optimizer: torch.optim.Optimizer) -> float:
@@ -75,7 +80,8 @@ def gradient_variance(optimizer: torch.optim.Optimizer) -> float:
         for state in (optimizer.state[p] for p in group["params"] if p in optimizer.state):
             step = float(state["step"])
             if step:
-                mean, square = state["exp_avg"] / (1 - beta1**step), state["exp_avg_sq"] / (1 - beta2**step)
+                mean, square = moments.read(state, "exp_avg"), moments.read(state, "exp_avg_sq")
+                mean, square = mean / (1 - beta1**step), square / (1 - beta2**step)
                 total += float((square - mean * mean).clamp_(min=0).double().sum())
                 count += mean.numel()
     return total / count if count else 0.0
