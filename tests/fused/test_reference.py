@@ -120,3 +120,10 @@ def test_across_is_the_second_orientation() -> None:
     down, turned = quantize_both(x, "e4m3", "tensor")
     made = across(x, Target(format_of("e4m3"), Tile.of("tensor"), True, down.scale))
     assert differing(Codes(None, down.scale, turned.codes, down.scale, down.scale), made, ("codes_t",)) == {}
+
+
+def test_without_rotary_positions_a_joined_product_is_copied_as_it_is() -> None:
+    heads, qkv = Heads(2, 1, 16, None), torch.randn(8, 64)
+    y = rope(qkv, 4, heads)
+    assert torch.equal(y, qkv)
+    assert y.data_ptr() != qkv.data_ptr()

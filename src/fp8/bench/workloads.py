@@ -208,7 +208,7 @@ def _whole(work: Workload, who: str, recipe: str | None, mode: str) -> tuple[Ste
         model.to(torch.bfloat16)
     _convert(model, "fp8" if who.startswith("fp8") else who, recipe)
     if "head" in who:
-        model.head = _fp8_head(model.head, str(recipe))
+        _give_fp8_head(model, str(recipe))
     if mode == "compiled":
         for layer in model.layers:
             layer.compile()
@@ -243,10 +243,11 @@ def _loss(head: nn.Module, hidden: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden).float().flatten(0, 1), tokens.flatten())
 
 
-def _fp8_head(head: nn.Linear, recipe: str) -> nn.Module:
-    fresh = fp8.Linear(head.in_features, head.out_features, bias=False, recipe=recipe, device="meta")
-    fresh.weight = head.weight
-    return fresh
+def _give_fp8_head(model: Decoder, recipe: str) -> None:
+    """The head's product in FP8 as well; its weight stays the embedding's."""
+    head = model.head
+    model.head = fp8.Linear(head.in_features, head.out_features, bias=False, recipe=recipe, device="meta")
+    model.head.weight = head.weight
 
 
 def names(arms: tuple[tuple[str, str | None, str], ...]) -> Iterator[str]:

@@ -305,9 +305,12 @@ def why_not(x: Tensor, norms: tuple[nn.Module, ...], linears: tuple[nn.Module, .
     return why_not_shape(x, norms, linears, dim)
 
 
-@torch.compiler.assume_constant_result
 def _why_not_kernels(device: str, index: int | None) -> str | None:
     return why_not_triton(torch.device(device) if index is None else torch.device(device, index))
+
+
+# What torch.compiler.assume_constant_result does: a compiled graph asks once. The decorator would import the compiler.
+_why_not_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not_shape(x: Tensor, norms: tuple[nn.Module, ...], linears: tuple[nn.Module, ...], dim: int) -> str | None:

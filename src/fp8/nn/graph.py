@@ -38,7 +38,7 @@ def graph(step: Callable[[], Outputs], model: nn.Module, warm_up: int = 3) -> Gr
     """Run `step` a few times, then capture it.
 
     step      one training step without arguments: forward, backward, optimizer, `zero_grad`; it may return tensors. The
-              warm-up and the capture are real steps: they change the weights, as replays do.
+              warm-up consists of real steps: they change the weights, as replays do.
     model     its FP8 layers' scales are updated in the step (`fp8.attach`, or `fp8.update_scales`)
     warm_up   steps before the capture; kernels are compiled and delayed scales found in them. At least 1.
 
@@ -61,9 +61,11 @@ def graph(step: Callable[[], Outputs], model: nn.Module, warm_up: int = 3) -> Gr
             "no delayed scale was updated in the warm-up: let the step end with fp8.update_scales(model), or attach it "
             "to the optimizer with fp8.attach."
         )
-    captured = torch.cuda.CUDAGraph()
+    captured, counted = torch.cuda.CUDAGraph(), [(list(state.filled), state.steps) for state in states]
     with torch.cuda.graph(captured):
         outputs = step()
+    for state, (filled, steps) in zip(states, counted, strict=True):
+        state.filled, state.steps = filled, steps  # a capture runs nothing on the device
     return Graphed(captured, outputs, states)
 
 

@@ -85,6 +85,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rope(qkv: Tensor, tokens: int, heads: Heads) -> Tensor:
     """qkv [B * tokens, total * D] with its queries and keys turned; a fresh matrix."""
+    if not heads.turned:
+        return qkv.clone()
     x = qkv.view(-1, tokens, heads.total, heads.dim)
     cos, sin = heads.tables(tokens, qkv.device)
     turned = rotate(x[:, :, : heads.turned].transpose(1, 2), cos, sin).transpose(1, 2)

@@ -44,6 +44,8 @@ def rope_heads(
 
 def rope(qkv: Tensor, tokens: int, heads: Heads) -> Tensor:
     """`reference.rope` of a contiguous CUDA matrix."""
+    if not heads.turned:
+        return qkv.clone()
     rows, cols = qkv.shape
     y = torch.empty_like(qkv)
     cos, sin = heads.tables(tokens, qkv.device)
