@@ -18,6 +18,8 @@ from rich.console import Console, RenderableType
 
 from . import __version__
 from .bench.command import command as bench_command
+from .calibrate.command import quantize_command, verify_command
+from .checkpoint.command import convert_command, lint_command
 from .errors import Fp8Error
 from .train.command import command as train_command
 
@@ -117,6 +119,10 @@ def formats(
 
 
 app.command("bench")(bench_command)
+app.command("quantize")(quantize_command)
+app.command("convert")(convert_command)
+app.command("lint")(lint_command)
+app.command("verify")(verify_command)
 app.command("train")(train_command())  # its flags are the settings of TrainConfig
 
 
