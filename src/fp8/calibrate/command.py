@@ -135,10 +135,11 @@ def told(written: Any) -> str:
         )
     how = written.scales.how
     for kind, seen in how.get("held_out", {}).items():
+        mean, worst = (f"{100 * share:.4f} %" for share in (seen["saturated"], seen["worst"]["saturated"]))
         lines.append(
             f"  {kind} scales from {how['tokens']:,} tokens ({how['observer']}); of {how['held_out_tokens']:,} "
-            f"held-out tokens they clip {100 * seen['saturated']:.4f} %, at worst {100 * seen['worst']['saturated']:.4f} % in "
-            f"{seen['worst']['module']}; largest magnitude there / here: {seen['amax_ratio']:.2f}"
+            f"held-out tokens they clip {mean}, at worst {worst} in {seen['worst']['module']}; largest magnitude "
+            f"there / here: {seen['amax_ratio']:.2f}"
         )
     return "\n".join(lines)
 

@@ -99,12 +99,13 @@ def choose_layers(source: Source, model: nn.Module, skip: Sequence[str] = (), he
     for name in linear:
         if (reason := _reason(name, source, model, skip, head)) is not None:
             kept[name] = reason
+    alone = dict(kept)
     for name in linear:
-        if name not in kept and (with_it := next((p for p in partners(name) if p in kept), None)):
+        if name not in alone and (with_it := next((p for p in partners(name) if p in alone), None)):
             kept[name] = f"fused with {with_it}, which stays"
     fp8 = tuple(name for name in linear if name not in kept)
     if not fp8:
-        raise CheckpointError(f"no layer of {source.folder} would become FP8: {_nothing(source, linear, kept)}")
+        raise CheckpointError(f"no layer of {source.folder} would become FP8: {_nothing(kept)}")
     return Layers(fp8, kept)
 
 
@@ -173,10 +174,18 @@ def fused_group(name: str) -> tuple[str, ...]:
     return tuple(f"{stem}.{part}" if stem else part for part in group)
 
 
-def _nothing(source: Source, linear: Mapping[str, str], kept: Mapping[str, str]) -> str:
-    if linear:
-        return ", ".join(f"{name} is {why}" for name, why in list(kept.items())[:3]) + "."
-    return "it has no nn.Linear layer (a Conv1D, as in GPT-2, cannot be stored so that servers read it)."
+def _nothing(kept: Mapping[str, str]) -> str:
+    told = ", ".join(f"{name} ({why})" for name, why in list(kept.items())[:3]) or "none"
+    return f"its nn.Linear layers are {told}. A Conv1D, as in GPT-2, cannot be stored so that servers read it."
+
+
+def refuse_shapes(source: Source, model: nn.Module) -> None:
+    """Every tensor that the model has by the same name has the shape that the config calls for."""
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    for name, held in model.state_dict().items():
+        there = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in source.entries), None)
+        if there is not None and (shape := source.entries[there].shape) != tuple(held.shape):
+            raise CheckpointError(f"{there} has shape {list(shape)}; config.json calls for {list(held.shape)}.")
 
 
 def attention_layers(model: nn.Module) -> dict[int, str]:

@@ -30,7 +30,7 @@ from ..quantize import INPUTS, Quantized
 from ..quantize import quantize as quantize_tensor
 from ..tile import Tile
 from .compressed_tensors import E4M3, Scheme, check_values, own_config, quantization_config
-from .layers import Layers, choose_layers, fused_group, skeleton
+from .layers import Layers, choose_layers, fused_group, refuse_shapes, skeleton
 from .partial import Partial, Progress, Task, making, promised
 from .source import Source
 
@@ -123,7 +123,9 @@ def quantize_folder(
     options = options or Options()
     model = Source.open(source)
     refuse_quantized(model)
-    layers = choose_layers(model, skeleton(model), options.skip, options.head)
+    empty = skeleton(model)
+    layers = choose_layers(model, empty, options.skip, options.head)
+    refuse_shapes(model, empty)
     refuse_types(model, layers)
     with making(Path(out), facts(model, options, calibrate)) as partial:
         scales = calibrated(partial, model, layers, calibrate)
