@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-import tiny_models
 import torch
-from tiny_models import bytes_of, copied, reconfigure, retensor, tensors
 
 import fp8
+import tiny_models
 from fp8.checkpoint import Options, Scales, convert_folder, load, quantize_folder
 from fp8.checkpoint.fused_shards import changed_by_fusing, requantized
 from fp8.errors import CheckpointError, ConfigError
+from tiny_models import bytes_of, copied, reconfigure, retensor, tensors
 
 TOKENS = torch.arange(9)[None]
 GROUP = ("quantization_config", "config_groups", "group_0")
@@ -192,8 +192,8 @@ def test_a_per_tensor_huggingface_checkpoint_becomes_compressed_tensors(folders,
         name: file.name for file in out.glob("*.safetensors") for name in fp8.checkpoint.tensorfile.read_tensors(file)
     }
     index.write_text(json.dumps({"weight_map": plain}))
-    reconfigure(out, "quantization_config", value={"quant_method": "fp8", "activation_scheme": "static",
-                                                  "weight_block_size": None, "ignored_layers": ["lm_head"]})  # fmt: skip
+    quantization = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+    reconfigure(out, "quantization_config", value=quantization | {"ignored_layers": ["lm_head"]})
     convert_folder(out, tmp_path / "ct", "compressed-tensors")
     assert torch.equal(load(tmp_path / "ct")(TOKENS), load(folders["static"])(TOKENS))
     back = tensors(tmp_path / "ct")

@@ -7,13 +7,13 @@ import json
 import shutil
 
 import pytest
-import tiny_models
 import torch
-from tiny_models import bytes_of, copied, reconfigure, retensor, tensors
 
 import fp8
+import tiny_models
 from fp8.checkpoint import Options, Scales, load, partial, quantize, quantize_folder
 from fp8.errors import CheckpointError, ConfigError
+from tiny_models import bytes_of, copied, reconfigure, retensor, tensors
 
 UP = "model.layers.0.mlp.up_proj"
 

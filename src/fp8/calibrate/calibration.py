@@ -76,6 +76,8 @@ class Calibration:
         rows = rows_of(read_texts(self.texts), tokenizer, self.samples, self.length, vocabulary)
         chosen, held = split(rows)
         with run_model(source, self.device, self.stream, head=any("head" in name for name in layers.fp8)) as runner:
+            if self.kv and not runner.generates:
+                raise DataError("this model has no KV cache: go without its scales by --no-kv-cache.")
             total = len(rows)
             seen = watch(runner, source, layers, self, chosen, lambda n: self.tell(n, total))
             check = watch(runner, source, layers, self, held, lambda n: self.tell(len(chosen) + n, total))

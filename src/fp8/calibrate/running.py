@@ -34,6 +34,11 @@ class Runner:
         self.model, self.device, self.batch = model, device, batch
         self.inner: Any = model if head else getattr(model, "base_model", model)
 
+    @property
+    def generates(self) -> bool:
+        """Whether the model has a KV cache."""
+        return bool(getattr(self.model, "can_generate", lambda: False)())
+
     @torch.no_grad()
     def run(self, rows: Tensor, record: Record | None) -> None:
         rows = rows.to(self.device)

@@ -62,26 +62,43 @@ def tokenizer_for(folder: Path, name: str | None) -> Any:
 
 
 def rows_of(text: str, tokenizer: Any, samples: int, length: int, vocabulary: int) -> Tensor:
-    """Up to `samples` rows `[n, length]` of tokens (int64), spread evenly over the text, none overlapping another.
+    """Up to `samples` rows `[n, length]` of tokens (int64), begun at even distances in the text, none overlapping.
 
-    Each begins as the tokenizer begins a text: a model's first token often has the largest keys of all.
+    Each begins as the tokenizer begins a text: a model's first token often has the largest keys of all. Only what is
+    needed is tokenized, so that the text may be long.
     """
-    if isinstance(tokenizer, ByteTokenizer):
-        start, tokens = [], tokenizer.encode(text).tolist()
+    start = [] if isinstance(tokenizer, ByteTokenizer) else tokenizer("")["input_ids"][:1]
+    count = samples
+    while count >= 2:
+        rows = [begun(text[i * len(text) // count : (i + 1) * len(text) // count], tokenizer, length - len(start))
+                for i in range(count)]  # fmt: skip
+        if all(rows):
+            break
+        count = count * 3 // 4
     else:
-        start = tokenizer("")["input_ids"][:1]
-        tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if tokens and max(tokens) >= vocabulary:
         raise DataError(
-            f"the tokenizer gives token {max(tokens)}, but the model knows {vocabulary}: it is another model's "
-            "tokenizer."
+            f"the text has {len(text)} characters, which is too short; calibration needs two rows of {length} tokens "
+            "at least, one of them held out: give a longer text, or a smaller --length."
         )
-    body = length - len(start)
-    count = min(samples, len(tokens) // body)
-    if count < 2:
+    largest = max(max(row) for row in rows)
+    if largest >= vocabulary:
         raise DataError(
-            f"the text has {len(tokens)} tokens; calibration needs two rows of {length} at least, one of them held "
-            "out: give a longer text, or a smaller --length."
+            f"the tokenizer gives token {largest}, but the model knows {vocabulary}: it is another model's tokenizer."
         )
-    step = len(tokens) // count
-    return torch.tensor([[*start, *tokens[i * step : i * step + body]] for i in range(count)])
+    return torch.tensor([[*start, *row] for row in rows])
+
+
+def begun(text: str, tokenizer: Any, length: int) -> list[int]:
+    """The first `length` tokens of a text; none where it is shorter."""
+    characters = 4 * length
+    while True:
+        piece = text[:characters]
+        if isinstance(tokenizer, ByteTokenizer):
+            tokens = tokenizer.encode(piece).tolist()
+        else:
+            tokens = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(tokens) > length or (len(tokens) == length and len(piece) == len(text)):
+            return tokens[:length]
+        if len(piece) == len(text):
+            return []
+        characters *= 2

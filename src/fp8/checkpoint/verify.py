@@ -13,7 +13,9 @@ decoder trained here is compared with its own codes, which the file must hold: n
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -220,17 +222,32 @@ def decoded_by_transformers(folder: Fp8Folder) -> Mapping[str, Tensor]:
         import compressed_tensors  # noqa: F401
     else:
         import accelerate  # noqa: F401
-    transformers.utils.logging.disable_progress_bar()
     settings = dict(folder.source.config["quantization_config"]) | {"dequantize": True}
     settings.pop("quant_method")
     wanted = transformers.CompressedTensorsConfig if not folder.groups.parts else transformers.FineGrainedFP8Config
     kind = getattr(transformers, folder.source.config["architectures"][0])
-    model = kind.from_pretrained(folder.source.folder, dtype=torch.float32, quantization_config=wanted(**settings))
+    with silent(transformers):
+        model = kind.from_pretrained(folder.source.folder, dtype=torch.float32, quantization_config=wanted(**settings))
     modules = dict(linear_layers(folder.source, model))
     there = {name for name, _ in model.named_modules()}
     return {
         name: model.get_submodule(modules[name]).weight.detach() for name in folder.layers if modules[name] in there
     }
+
+
+@contextmanager
+def silent(transformers: Any) -> Iterator[None]:
+    """Without its bars, and its reports of scales that it has no use for."""
+    log = transformers.utils.logging
+    level = log.get_verbosity()
+    log.disable_progress_bar()
+    log.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.set_verbosity(level)
 
 
 def same_logits(evaluated: Tensor, read: Tensor) -> Check:
