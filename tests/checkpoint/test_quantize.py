@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import shutil
 
@@ -11,7 +12,8 @@ import torch
 
 import fp8
 import tiny_models
-from fp8.checkpoint import Options, Scales, load, partial, quantize, quantize_folder
+from fp8.checkpoint import Options, Scales, load, partial, quantize, quantize_folder, tensorfile
+from fp8.checkpoint.quantize import SCHEMES
 from fp8.errors import CheckpointError, ConfigError
 from tiny_models import bytes_of, copied, reconfigure, retensor, tensors
 
@@ -116,6 +118,47 @@ def test_shards_change_no_tensor(models, tmp_path):
     assert index["weight_map"].keys() == b.keys() and index["metadata"]["total_size"] == sum(
         t.nbytes for t in b.values()
     )
+
+
+def ramps(folder):
+    """A Llama of fixed numbers."""
+    folder.mkdir()
+    width, ffn, layer = 16, 32, "model.layers.0."
+    shapes = {"model.embed_tokens.weight": (8, width), "model.norm.weight": (width,), "lm_head.weight": (8, width)}
+    shapes |= {f"{layer}{n}_layernorm.weight": (width,) for n in ("input", "post_attention")}
+    shapes |= {f"{layer}self_attn.{n}_proj.weight": (width, width) for n in "qkvo"}
+    shapes |= {f"{layer}mlp.{n}_proj.weight": (ffn, width) for n in ("gate", "up")}
+    shapes |= {f"{layer}mlp.down_proj.weight": (width, ffn)}
+    held = {}
+    for i, (name, shape) in enumerate(shapes.items()):
+        count = torch.Size(shape).numel()
+        held[name] = (((torch.arange(count) * 7 + i) % 31 - 15).view(shape) / 16).bfloat16()
+    tensorfile.write_tensors(folder / "model.safetensors", held)
+    plain = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8, "hidden_size": width,
+             "intermediate_size": ffn, "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip
+    tensorfile.write_json(folder / "config.json", plain)
+    return folder
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+def test_golden_bytes(tmp_path, scheme):
+    """A checkpoint of fixed numbers has fixed bytes."""
+    pytest.importorskip("transformers")
+    kv = {"model.layers.0.self_attn": [0.25, 0.5]}
+
+    def calibrate(source, layers):
+        return Scales(dict.fromkeys(layers.fp8, 0.5), kv, kv, {"observer": "max"})
+
+    out = quantize_folder(ramps(tmp_path / "model"), tmp_path / "out", Options(scheme), calibrate).folder
+    assert {n: hashlib.sha256(b).hexdigest()[:16] for n, b in bytes_of(out).items()} == GOLDEN[scheme]
+
+
+GOLDEN = {
+    "dynamic": {"config.json": "c8dd78ca9a2dc434", "model.safetensors": "7d13421021f2d216"},
+    "static": {"config.json": "4346e373cc1a5f57", "model.safetensors": "75799a214ef5ded6"},
+    "block": {"config.json": "94eac7c1ffe58e37", "model.safetensors": "c5104f3ae9e66731"},
+    "weight-only": {"config.json": "9de6870029cfd077", "model.safetensors": "7d13421021f2d216"},
+}
 
 
 # --------------------------------------------------------------------------- which layers

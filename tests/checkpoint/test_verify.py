@@ -140,6 +140,6 @@ def test_a_trained_decoder_is_held_against_its_own_codes(tmp_path, recipe):
     verdict = verify(tmp_path / "out", decoder, ROWS)
     assert passed(verdict) == {"codes": True, "logits": True}
     with torch.no_grad():
-        decoder.layers[0].mlp.up.weight += 0.01
+        decoder.get_submodule("layers.0.mlp.up").weight.add_(0.01)
     fp8.nn.refresh(decoder)
     assert passed(verify(tmp_path / "out", decoder, ROWS))["codes"] is False

@@ -22,6 +22,7 @@ from ..formats import format_of
 
 MAGNITUDES = 0x7F80  # BF16 bits below infinity
 OBSERVERS = ("max", "percentile")
+SLAB = 1 << 20  # columns that are counted at once
 E4M3_MAX = format_of("e4m3").max
 
 
@@ -39,6 +40,10 @@ class Magnitudes:
 
     def add(self, x: Tensor) -> None:
         """Count x [groups, any]. Raises `DataError` where it is not finite."""
+        for part in x.split(SLAB, 1):
+            self._add(part)
+
+    def _add(self, x: Tensor) -> None:
         bits = x.detach().to(torch.bfloat16).contiguous().view(torch.int16).long() & 0x7FFF
         if int(bits.max()) >= MAGNITUDES:
             raise DataError(

@@ -67,7 +67,7 @@ def run_model(source: Source, device: str, stream: bool | None, head: bool) -> I
     free = free_memory()
     if stream is None:
         stream = device == "cpu" and free is not None and 4 * parameters(source) > SHARE * free
-    model = streamed(source, device) if stream else loaded(source, computing(source, device)).to(device)
+    model = streamed(source, device, head) if stream else loaded(source, computing(source, device)).to(device)
     yield Runner(model.eval(), device, head, batch=32 if stream else 8)
 
 
@@ -107,13 +107,18 @@ def quiet(transformers: Any) -> None:
 # --------------------------------------------------------------------------- layer by layer
 
 
-def streamed(source: Source, device: str) -> nn.Module:
-    """The model with its layers on disk. Raises `CheckpointError` where a layer's tensors are not found by name."""
+def streamed(source: Source, device: str, head: bool) -> nn.Module:
+    """The model with its layers on disk, and its head only where that is asked for.
+
+    Raises `CheckpointError` where a layer's tensors are not found by name.
+    """
     model = skeleton(source)
     model.requires_grad_(False)
     blocks = repeated(model)
     inside = {name for prefix, _ in blocks for name in held(model) if name.startswith(prefix + ".")}
-    fill(model, source, [name for name in held(model) if name not in inside], device)
+    base = "" if head else getattr(model, "base_model_prefix", "") + "."
+    base = base if any(name.startswith(base) for name in held(model)) else ""
+    fill(model, source, [name for name in held(model) if name not in inside and name.startswith(base)], device)
     remake_buffers(model, device)
     for prefix, block in blocks:
         mine = [name for name in inside if name.startswith(prefix + ".")]
