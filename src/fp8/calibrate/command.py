@@ -119,8 +119,9 @@ def bars(console: Console) -> Iterator[tuple[Any, Any]]:
     try:
         yield mover(rows), mover(size)
     finally:
-        rows.stop()
-        size.stop()
+        for bar in (rows, size):
+            if bar.live.is_started:
+                bar.stop()
 
 
 def told(written: Any) -> str:

@@ -12,6 +12,7 @@ decoder trained here is compared with its own codes, which the file must hold: n
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -218,10 +219,7 @@ def same_in_transformers(folder: Fp8Folder) -> Check:
 def decoded_by_transformers(folder: Fp8Folder) -> Mapping[str, Tensor]:
     """By the names of the files. Raises `ImportError` where a package is missing."""
     transformers = need_transformers()
-    if not folder.groups.parts:
-        import compressed_tensors  # noqa: F401
-    else:
-        import accelerate  # noqa: F401
+    importlib.import_module("accelerate" if folder.groups.parts else "compressed_tensors")
     settings = dict(folder.source.config["quantization_config"]) | {"dequantize": True}
     settings.pop("quant_method")
     wanted = transformers.CompressedTensorsConfig if not folder.groups.parts else transformers.FineGrainedFP8Config
