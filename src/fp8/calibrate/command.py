@@ -125,7 +125,10 @@ def bars(console: Console) -> Iterator[tuple[Any, Any]]:
 
 
 def told(written: Any) -> str:
-    """What was made, what stayed and why, and what held-out text says of the scales."""
+    """What was made, what stayed and why, what held-out text says of the scales, and who cannot load it."""
+    from ..checkpoint.fp8_folder import Fp8Folder
+    from ..checkpoint.readers import readers
+
     lines = [str(written)]
     reasons: dict[str, list[str]] = {}
     for name, why in written.layers.kept.items():
@@ -142,7 +145,8 @@ def told(written: Any) -> str:
             f"held-out tokens they clip {mean}, at worst {worst} in {seen['worst']['module']}; largest magnitude "
             f"there / here: {seen['amax_ratio']:.2f}"
         )
-    return "\n".join(lines)
+    refused = [reader for reader in readers(Fp8Folder.open(written.folder)) if reader.verdict == "no"]
+    return "\n".join([*lines, *(f"  {reader.name} cannot load it: {reader.reasons[0]}" for reader in refused)])
 
 
 def export_run(run: Path, out: Path, options: Any) -> str:

@@ -68,7 +68,7 @@ def run_model(source: Source, device: str, stream: bool | None, head: bool) -> I
     if stream is None:
         stream = device == "cpu" and free is not None and 4 * parameters(source) > SHARE * free
     model = streamed(source, device, head) if stream else loaded(source, computing(source, device)).to(device)
-    yield Runner(model.eval(), device, head, batch=32 if stream else 8)
+    yield Runner(model.eval(), device, head, batch=16 if stream else 8)
 
 
 def computing(source: Source, device: str) -> torch.dtype:
