@@ -290,7 +290,8 @@ def kv_tasks(source: Source, scales: Scales) -> Iterator[tuple[str, Task]]:
     """The scales of the KV cache, each in the file that holds the first tensor of its attention module."""
     for kind, found in (("k_scale", scales.keys), ("v_scale", scales.values)):
         for module, heads in found.items():
-            file = next(e.file for n, e in sorted(source.entries.items()) if n.startswith(module + "."))
+            inside = (e.file for n, e in sorted(source.entries.items()) if n.startswith(module + "."))
+            file = next(inside, source.files[0])
             tensor = torch.tensor(list(heads), dtype=torch.float32).view(-1, 1, 1)
             made = {f"{module}.{kind}": tensor}
             yield file, Task({n: promised(t.dtype, *t.shape) for n, t in made.items()}, partial(dict, made))
