@@ -13,7 +13,7 @@ import tiny_models
 from fp8.checkpoint import Options, Scales, load, quantize, quantize_folder, tensorfile
 from fp8.checkpoint.quantize import SCHEMES
 from fp8.errors import CheckpointError, ConfigError
-from tiny_models import bytes_of, tensors
+from tiny_models import bytes_of, copied, reconfigure, tensors
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -168,11 +168,19 @@ def test_what_stays_and_why(models, tmp_path):
         for kind in ("llama", "tied", "mixtral", "bert")
     }
     assert kept["llama"] == {"lm_head": "a head"}
-    assert kept["tied"] == {"lm_head": "shares its weight with the embedding"}
+    assert kept["tied"] == {"lm_head": "has no weight of its own"}
     assert kept["bert"] == {"pooler.dense": "a head"}
     assert set(kept["mixtral"]) == {"lm_head"}  # its router is no nn.Linear
     config = json.loads((tmp_path / "bert" / "config.json").read_text())
     assert config["quantization_config"]["ignore"] == ["pooler.dense"]
+
+
+def test_what_stays_is_ignored_under_the_names_of_file_and_model(models, tmp_path):
+    folder = copied(models["bert"], tmp_path / "model")
+    reconfigure(folder, "architectures", value=["BertForSequenceClassification"])
+    quantize_folder(folder, tmp_path / "out")
+    ignore = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert set(ignore) == {"pooler.dense", "bert.pooler.dense", "classifier"}
 
 
 def test_the_head_on_request(models, tmp_path):

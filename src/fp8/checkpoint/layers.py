@@ -13,7 +13,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,19 @@ EXPERT = re.compile(r"\.experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj)$")
 
 @dataclass(frozen=True)
 class Layers:
-    """Linear layers by the names that the files give them: which become FP8, and why the others do not."""
+    """Linear layers by the names that the files give them: which become FP8, and why the others do not.
+
+    `modules`: what the model calls them, where that differs (files without the prefix `model.` or `bert.`).
+    """
 
     fp8: tuple[str, ...]
     kept: Mapping[str, str]
+    modules: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def ignore(self) -> list[str]:
+        """What stays, under every name that a reader may know it by."""
+        return [*self.kept, *(self.modules[name] for name in self.kept if name in self.modules)]
 
 
 def skeleton(source: Source) -> nn.Module:
@@ -106,7 +115,7 @@ def choose_layers(source: Source, model: nn.Module, skip: Sequence[str] = (), he
     fp8 = tuple(name for name in linear if name not in kept)
     if not fp8:
         raise CheckpointError(f"no layer of {source.folder} would become FP8: {_nothing(kept)}")
-    return Layers(fp8, kept)
+    return Layers(fp8, kept, {name: module for name, module in linear.items() if name != module})
 
 
 def linear_layers(source: Source, model: nn.Module) -> Iterator[tuple[str, str]]:
@@ -130,7 +139,7 @@ def _reason(name: str, source: Source, model: nn.Module, skip: Sequence[str], he
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if any(part in HEADS for part in parts) or (output is not None and output is _module(model, name)):
         if f"{name}.weight" not in source.entries:
-            return "shares its weight with the embedding"
+            return "has no weight of its own"
         return None if head else "a head"
     if f"{name}.weight" not in source.entries:
         raise CheckpointError(f"the checkpoint has no tensor '{name}.weight', which config.json calls for.")

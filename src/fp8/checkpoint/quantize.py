@@ -303,7 +303,7 @@ def kv_tasks(source: Source, scales: Scales) -> Iterator[tuple[str, Task]]:
 def config(source: Source, layers: Layers, options: Options, scales: Scales) -> dict[str, Any]:
     """The `config.json` of OUT."""
     kv = "attn_head" if scales.keys else None
-    quantization = quantization_config({options.layout: layers.fp8}, list(layers.kept), kv)
+    quantization = quantization_config({options.layout: layers.fp8}, layers.ignore, kv)
     own = own_config([options.layout], None) | {"quantized": told(options, scales)}
     kept_as = str(kept_dtype(source.dtype, options.dtype)).removeprefix("torch.")
     types = {key: kept_as for key in ("dtype", "torch_dtype") if key in source.config} or {"torch_dtype": kept_as}
