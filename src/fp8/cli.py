@@ -19,6 +19,8 @@ from rich.console import Console, RenderableType
 from . import __version__
 from .advise.command import plan_command, profile_command
 from .bench.command import command as bench_command
+from .calibrate.command import quantize_command, verify_command
+from .checkpoint.command import convert_command, lint_command
 from .errors import Fp8Error
 from .evaluate.command import command as eval_command
 from .train.command import command as train_command
@@ -122,6 +124,10 @@ app.command("bench")(bench_command)
 app.command("eval")(eval_command)
 app.command("plan")(plan_command)
 app.command("profile")(profile_command)
+app.command("quantize")(quantize_command)
+app.command("convert")(convert_command)
+app.command("lint")(lint_command)
+app.command("verify")(verify_command)
 app.command("train")(train_command())  # its flags are the settings of TrainConfig
 
 

@@ -82,7 +82,8 @@ def test_a_config_that_is_not_json(folder):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("quantization_config", "quant_method"), "fp8", "quant_method='fp8'"),
+        (("quantization_config", "quant_method"), "fp8", "weight_scale_inv"),
+        (("quantization_config", "quant_method"), "modelopt", "quant_method='modelopt'"),
         (("quantization_config", "quant_method"), None, "quant_method=None"),
         (("quantization_config", "format"), "int-quantized", "Known: float-quantized"),
         (("quantization_config", "config_groups"), None, "config_groups"),
@@ -90,9 +91,10 @@ def test_a_config_that_is_not_json(folder):
         ((*GROUP, "weights", "strategy"), None, "lacks 'strategy'"),
         ((*GROUP, "weights", "num_bits"), 4, "num_bits=4"),
         ((*GROUP, "weights", "type"), "int", "type='int'"),
-        ((*GROUP, "input_activations"), None, "input_activations"),
+        ((*GROUP, "weights"), None, "no scheme for weights"),
         ((*GROUP, "input_activations", "dynamic"), False, "dynamic=False"),
-        ((*GROUP, "input_activations", "strategy"), "tensor", "strategy='tensor'"),
+        ((*GROUP, "input_activations", "strategy"), "tensor", "dynamic=True"),
+        ((*GROUP, "input_activations", "strategy"), "channel", "strategy='channel'"),
         ((*GROUP, "targets"), [f"re:.*{part}_proj" for part in ("q", "k")], "must have one scheme"),
         (("fp8", "version"), 2, "version 2"),
         (("fp8", "groups", "group_0", "accumulate"), "quickly", "accumulate.forward cannot be 'quickly'"),

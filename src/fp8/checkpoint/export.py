@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +144,15 @@ def add_codes(tensors: dict[str, Tensor], ours: str, layer: Any, parts: list[Sha
             f"{ours} has {q.format.name} weights and {layer.recipe.x.format} activations; float-quantized checkpoints "
             "hold e4m3 only: train that layer with another recipe."
         )
-    scheme = Scheme.of(layer.recipe, q.tile, parts)
+    inputs = getattr(layer, "input_scale", None)
+    kind = "none" if getattr(layer, "weight_only", False) else "dynamic" if inputs is None else "static"
+    scheme = replace(Scheme.of(layer.recipe, q.tile, parts), inputs=kind)
     for part, scale in zip(parts, shard_scales(q, scheme, parts), strict=True):
         codes = q.codes[part.start : part.stop]
         check_values(part.name, codes, scale)
         tensors[f"{part.name}.weight"], tensors[f"{part.name}.weight_scale"] = codes, scale
+        if inputs is not None:
+            tensors[f"{part.name}.input_scale"] = inputs.reshape(1)
     return scheme
 
 

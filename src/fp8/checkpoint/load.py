@@ -21,11 +21,11 @@ from ..models.llama import Decoder, DecoderConfig
 from ..nn import Report
 from ..nn.frozen_linear import FrozenLinear
 from ..quantize import Quantized
+from . import huggingface_fp8
 from .compressed_tensors import Groups, Scheme, check_shard, joined, read_groups
 from .tensorfile import read_json, read_tensors
 
 OTHER_METHODS = {
-    "fp8": "Hugging Face's or DeepSeek's block format",
     "modelopt": "NVIDIA Model Optimizer's format",
     "fbgemm_fp8": "FBGEMM's format",
 }
@@ -65,10 +65,13 @@ def groups_of(plain: Mapping[str, Any]) -> Groups | None:
     if not quantization:
         return None
     method = quantization.get("quant_method")
+    if method == huggingface_fp8.METHOD:
+        return huggingface_fp8.read_groups(plain)
     if method != "compressed-tensors":
         known = f" ({OTHER_METHODS[method]})" if method in OTHER_METHODS else ""
         raise CheckpointError(
-            f"config.json says quant_method={method!r}{known}; 'compressed-tensors' is read: export it in that format."
+            f"config.json says quant_method={method!r}{known}; 'compressed-tensors' and 'fp8' are read: export it in "
+            "one of these formats."
         )
     return read_groups(plain)
 
@@ -111,8 +114,11 @@ def take_frozen(config: DecoderConfig, tensors: dict[str, Tensor], groups: Group
         if ours.endswith("norm") or ours == "embedding" or (ours == "head" and config.tie_embeddings):
             continue
         if (scheme := common_scheme(parts, groups)) is not None:
-            weight = take_weight(tensors, parts, scheme, config)
-            found[ours] = FrozenLinear(weight, scheme.recipe(weight.tile), name=ours)
+            weight = take_weight(tensors, parts, scheme, groups, config)
+            inputs = take_input_scale(tensors, parts, groups) if scheme.inputs == "static" else None
+            found[ours] = FrozenLinear(
+                weight, scheme.recipe(weight.tile), None, ours, input_scale=inputs, weight_only=scheme.inputs == "none"
+            )
     return found
 
 
@@ -125,19 +131,44 @@ def common_scheme(parts: list[Shard], groups: Groups) -> Scheme | None:
     return next(iter(schemes.values()))
 
 
-def take_weight(tensors: dict[str, Tensor], parts: list[Shard], scheme: Scheme, config: DecoderConfig) -> Quantized:
+def take_weight(
+    tensors: dict[str, Tensor], parts: list[Shard], scheme: Scheme, groups: Groups, config: DecoderConfig
+) -> Quantized:
     """The weight that the shards make up, checked, and out of `tensors`."""
     codes, scales = [], []
     for part in parts:
-        weight, scale = (_take(tensors, f"{part.name}.{kind}") for kind in ("weight", "weight_scale"))
+        weight, scale = (_take(tensors, f"{part.name}.{kind}") for kind in ("weight", groups.scale_name))
         if tuple(weight.shape) != (need := shape_of(part, config)):
             raise CheckpointError(f"{part.name}.weight has shape {tuple(weight.shape)}; config.json calls for {need}.")
-        if scheme.block is None and scale.numel() == 1:  # per tensor: the one scale of every row
-            scale = scale.reshape(1, 1).expand(weight.shape[0], 1)
-        check_shard(part.name, weight, scale, scheme)
         codes.append(weight)
-        scales.append(scale)
+        scales.append(checked_scale(part.name, weight, scale, scheme))
     return joined(codes, scales, scheme)
+
+
+def checked_scale(name: str, codes: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+    """The scales of a layer as a matrix, after all checks; one scale for all is repeated for every row."""
+    if scheme.per_tensor and scale.dim() == 0:
+        scale = scale.reshape(1)
+    if scheme.block is None and scale.numel() == 1:
+        scale = scale.reshape(1) if scheme.per_tensor else scale.reshape(1, 1).expand(codes.shape[0], 1)
+    check_shard(name, codes, scale, scheme)
+    return scale.reshape(1, 1).expand(codes.shape[0], 1) if scheme.per_tensor else scale
+
+
+def take_input_scale(tensors: dict[str, Tensor], parts: list[Shard], groups: Groups) -> Tensor:
+    """The calibrated scale of a layer's input, `[1, 1]`; where shards have several, the largest, as in vLLM."""
+    found = [checked_input(part.name, _take(tensors, f"{part.name}.{groups.input_name}"), groups) for part in parts]
+    return torch.stack(found).amax(0)
+
+
+def checked_input(name: str, scale: Tensor, groups: Groups) -> Tensor:
+    """One scale for a layer's input as `[1, 1]`, FP32."""
+    good = scale.numel() == 1 and bool(scale.isfinite().all()) and bool((scale > 0).all())
+    if not good:
+        raise CheckpointError(
+            f"{name}.{groups.input_name} is {scale.flatten()[:3].tolist()}; it is one number, finite and positive."
+        )
+    return scale.float().reshape(1, 1)
 
 
 def _take(tensors: dict[str, Tensor], name: str) -> Tensor:

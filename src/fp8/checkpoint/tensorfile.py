@@ -41,7 +41,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with open(path, "wb") as file:
         file.write(header(tensors, order))
         for name in order:
-            file.write(_bytes(tensors[name]))
+            file.write(tensor_bytes(tensors[name]))
         file.flush()
         os.fsync(file.fileno())
 
@@ -63,7 +63,8 @@ def header(tensors: Mapping[str, Tensor], order: list[str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row-major."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 

@@ -26,8 +26,9 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .llama import DecoderConfig
 
-# Buffers that some versions of transformers stored and all of them compute.
-IGNORED = (".rotary_emb.inv_freq",)
+# Buffers that some versions of transformers stored and all of them compute; and scales for servers whose KV cache has
+# static ones (ours are measured when a token is stored).
+IGNORED = (".rotary_emb.inv_freq", ".self_attn.q_scale", ".self_attn.k_scale", ".self_attn.v_scale")
 
 
 class Shard(NamedTuple):

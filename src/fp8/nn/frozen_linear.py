@@ -1,8 +1,9 @@
 """A linear layer that holds FP8 codes and no parameter: what a checkpoint becomes when it is served.
 
 The codes and scales are those of the file, in bytes. The activation is quantized as the checkpoint says, always in the
-same way: one scale a token (or a group of a token's channels), measured when it passes, so that a token's result never
-depends on its batch. The product is `fp8.matmul`.
+same way: one scale a token (or a group of a token's channels), measured when it passes, or one for all that was
+calibrated before; so a token's result never depends on its batch. The product is `fp8.matmul`. A weight-only layer
+decodes its weight and multiplies in the type of its input.
 """
 
 from __future__ import annotations
@@ -49,15 +50,27 @@ class FrozenLinear(nn.Module):
     codes: Tensor
     scale: Tensor
     bias: Tensor | None
+    input_scale: Tensor | None
 
-    def __init__(self, weight: Quantized, recipe: Recipe, bias: Tensor | None = None, name: str = "") -> None:
+    def __init__(
+        self,
+        weight: Quantized,
+        recipe: Recipe,
+        bias: Tensor | None = None,
+        name: str = "",
+        *,
+        input_scale: Tensor | None = None,
+        weight_only: bool = False,
+    ) -> None:
+        """`input_scale` FP32 [1, 1]: the calibrated scale of x. `weight_only`: x is not quantized."""
         super().__init__()
-        self.recipe, self.name = recipe, name
+        self.recipe, self.name, self.weight_only = recipe, name, weight_only
         self.tile: Tile = weight.tile
         self.format = weight.format
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scale", weight.scale)
         self.register_buffer("bias", bias)
+        self.register_buffer("input_scale", input_scale)
 
     @property
     def out_features(self) -> int:
@@ -76,7 +89,7 @@ class FrozenLinear(nn.Module):
         x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
         if x.dtype not in INPUTS:
             raise TensorError(f"{self.name or 'a frozen layer'} takes float32, bfloat16 or float16, not {x.dtype}.")
-        if recipe_in_use(self.recipe) is None:
+        if self.weight_only or recipe_in_use(self.recipe) is None:
             return nn.functional.linear(x, self.quantized_weight().dequantize(x.dtype), self._bias(x.dtype))
         if (products := active().products) is not None:
             products.counts[self.name, "forward"] += 1
@@ -88,7 +101,8 @@ class FrozenLinear(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         operand = self.recipe.x
         row, tile = format_of(operand.format), operand.tile
-        codes, scale, _ = run_quantize(x, None, row, tile, self.recipe.power_of_two)
+        given = None if self.input_scale is None else self.input_scale.expand(x.shape[0], 1).contiguous()
+        codes, scale, _ = run_quantize(x, given, row, tile, self.recipe.power_of_two and given is None)
         accumulate = self.recipe.accumulate.forward
         return run_matmul(Quantized(codes, scale, tile, row), self.quantized_weight(), x.dtype, accumulate, self.bias)
 
@@ -106,4 +120,5 @@ class FrozenLinear(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenLinear:
         weight = Quantized(self.codes.clone(), self.scale.clone(), self.tile, self.format)
-        return FrozenLinear(weight, self.recipe, None if self.bias is None else self.bias.clone(), self.name)
+        bias, inputs = (None if t is None else t.clone() for t in (self.bias, self.input_scale))
+        return FrozenLinear(weight, self.recipe, bias, self.name, input_scale=inputs, weight_only=self.weight_only)

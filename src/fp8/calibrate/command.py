@@ -1,0 +1,259 @@
+"""`fp8 quantize` and `fp8 verify`: the commands that need text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from ..errors import ConfigError
+
+RUN_RECIPES = {"dynamic": "rowwise", "block": "blockwise"}
+
+
+def quantize_command(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors, or a run of `fp8 train`.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make; it appears when it is complete.")],
+    scheme: Annotated[str, typer.Option("--scheme", "-s", help="dynamic, static, block or weight-only.")] = "dynamic",
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Layers that stay: a name with *, or re:EXPRESSION; may be repeated.")
+    ] = None,
+    head: Annotated[bool, typer.Option("--head", help="The output head in FP8 too.")] = False,
+    kv_cache: Annotated[
+        bool | None, typer.Option("--kv-cache/--no-kv-cache", help="Calibrated scales of the KV cache, by head.")
+    ] = None,
+    calibrate: Annotated[
+        list[str] | None, typer.Option(help="A text, or JSON lines with a field 'text'; else Moby-Dick.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Rows of text to calibrate on; every eighth is held out.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens a row.")] = 256,
+    observer: Annotated[str, typer.Option(help="max or percentile.")] = "max",
+    percentile: Annotated[float, typer.Option(help="For the observer percentile.")] = 99.99,
+    tokenizer: Annotated[str | None, typer.Option(help="A folder with a tokenizer, or 'bytes'.")] = None,
+    scales: Annotated[str, typer.Option(help="power_of_two, or none (amax / 448).")] = "power_of_two",
+    dtype: Annotated[str, typer.Option(help="Of what stays: auto (FP32 becomes BF16), bfloat16, float32.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where the text is run: cpu, cuda or cuda:N.")] = "cpu",
+) -> None:
+    """Write the FP8 checkpoint of a model, which vLLM, SGLang and transformers load.
+
+    Read one tensor at a time; after Ctrl-C the same command goes on. What a run of `fp8 train` learned in FP8 is
+    written with its own codes.
+
+    [bold]Examples[/]
+
+    [cyan]fp8 quantize models/SmolLM2 out[/]  per-channel weights, per-token activations, a calibrated KV cache
+
+    [cyan]fp8 quantize models/SmolLM2 out --scheme static --calibrate chats.jsonl[/]  calibrated activations
+
+    [cyan]fp8 quantize models/SmolLM2 out --skip '*.down_proj' --no-kv-cache[/]
+    """
+    from ..checkpoint.quantize import Options
+    from ..train.finished import is_run
+
+    options = Options(scheme, tuple(skip or ()), head, scales, dtype)
+    if is_run(model):
+        typer.echo(export_run(model, out, options))
+        return
+    given: dict[str, Any] = {
+        "texts": tuple(calibrate or ("moby-dick",)), "samples": samples, "length": length, "observer": observer,
+        "percentile": percentile, "tokenizer": tokenizer, "scales": scales, "device": device,
+    }  # fmt: skip
+    try:
+        written = quantize(model, out, options, kv_cache, given, Console(highlight=False, stderr=True))
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; what was written is kept in {out}.partial, and the same command goes on.", err=True)
+        raise typer.Exit(130) from None
+    Console(highlight=False, soft_wrap=True).print(told(written))
+
+
+def quantize(
+    model: Path, out: Path, options: Any, kv_cache: bool | None, given: dict[str, Any], console: Console
+) -> Any:
+    """`quantize_folder` with what it needs of calibration, and progress on a console."""
+    from ..checkpoint.quantize import quantize_folder
+    from ..checkpoint.source import Source
+    from .calibration import Calibration
+
+    static = options.layout.inputs == "static"
+    if kv_cache is None:
+        kv_cache = generates(Source.open(model))
+    with bars(console) as (text, bytes_):
+        calibration = Calibration(**given, kv=kv_cache, inputs=static, progress=text) if kv_cache or static else None
+        return quantize_folder(model, out, options, calibration, bytes_)
+
+
+def generates(source: Any) -> bool:
+    """Whether a model has a KV cache."""
+    from ..checkpoint.layers import model_class
+
+    return bool(model_class(source.config).can_generate())
+
+
+@contextmanager
+def bars(console: Console) -> Iterator[tuple[Any, Any]]:
+    """A bar for rows of text and one for bytes written, which appear when something moves."""
+    rows = Progress(
+        TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
+    size = Progress(TextColumn("writing    "), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console)
+
+    def mover(bar: Progress) -> Any:
+        def move(done: int, total: int) -> None:
+            if not bar.tasks:
+                bar.start()
+                bar.add_task("", total=total)
+            bar.update(bar.tasks[0].id, completed=done)
+            if done == total:
+                bar.stop()
+
+        return move
+
+    try:
+        yield mover(rows), mover(size)
+    finally:
+        for bar in (rows, size):
+            if bar.live.is_started:
+                bar.stop()
+
+
+def told(written: Any) -> str:
+    """What was made, what stayed and why, what held-out text says of the scales, and who cannot load it."""
+    from ..checkpoint.fp8_folder import Fp8Folder
+    from ..checkpoint.readers import readers
+
+    lines = [str(written)]
+    reasons: dict[str, list[str]] = {}
+    for name, why in written.layers.kept.items():
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        lines.append(
+            f"  kept, {why}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        )
+    how = written.scales.how
+    for kind, seen in how.get("held_out", {}).items():
+        mean, worst = (f"{100 * share:.4f} %" for share in (seen["saturated"], seen["worst"]["saturated"]))
+        lines.append(
+            f"  {kind} scales from {how['tokens']:,} tokens ({how['observer']}); of {how['held_out_tokens']:,} "
+            f"held-out tokens they clip {mean}, at worst {worst} in {seen['worst']['module']}; largest magnitude "
+            f"there / here: {seen['amax_ratio']:.2f}"
+        )
+    refused = [reader for reader in readers(Fp8Folder.open(written.folder)) if reader.verdict == "no"]
+    return "\n".join([*lines, *(f"  {reader.name} cannot load it: {reader.reasons[0]}" for reader in refused)])
+
+
+def export_run(run: Path, out: Path, options: Any) -> str:
+    """The checkpoint of a training run: its own codes, or those of its masters where it was in high precision."""
+    from ..checkpoint import save
+    from ..nn import convert
+    from ..train.finished import trained_decoder
+
+    decoder, config = trained_decoder(run)
+    own = config.fp8_recipe is not None
+    if own and options.scheme != "dynamic":
+        raise ConfigError(
+            f"{run} was trained in FP8 and keeps its own codes; scheme={options.scheme!r} would quantize them again."
+        )
+    if not own:
+        if options.scheme not in RUN_RECIPES:
+            raise ConfigError(
+                f"a run of `fp8 train` is exported as {' or '.join(RUN_RECIPES)}, not {options.scheme!r}."
+            )
+        convert(decoder, RUN_RECIPES[options.scheme])
+    how = "its own codes, not quantized again" if own else "quantized from its FP32 masters"
+    return f"{save(decoder, out, config.tokenizer)}; {how}"
+
+
+# --------------------------------------------------------------------------- verify
+
+
+def verify_command(
+    out: Annotated[Path, typer.Argument(help="An FP8 checkpoint.")],
+    against: Annotated[Path, typer.Option(help="What it was made of: a Hugging Face folder, or a run of `fp8 train`.")],
+    prompts: Annotated[
+        list[str] | None, typer.Option(help="Texts whose logits must be equal; else four of the calibration text.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="The text for perplexity.")] = "moby-dick",
+    tokens: Annotated[int, typer.Option(help="Tokens of it; 0: no perplexity.")] = 512,
+    tokenizer: Annotated[str | None, typer.Option(help="A folder with a tokenizer, or 'bytes'.")] = None,
+    transformers: Annotated[bool, typer.Option(help="Also decode it with transformers.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print data instead of a table.")] = False,
+) -> None:
+    """Prove that a checkpoint is its source, quantized: codes, scales, decoded weights and logits, in bytes.
+
+    Exit code 0: all equal; 1: something differs; 2: it could not be asked.
+
+    [bold]Examples[/]
+
+    [cyan]fp8 verify out --against models/SmolLM2[/]
+
+    [cyan]fp8 verify out --against runs/mine --prompts "Call me" --json[/]
+    """
+    from ..checkpoint.verify import table, verify
+    from ..train.finished import is_run, trained_decoder
+    from .text import tokenizer_for
+
+    if is_run(against):
+        model, config = trained_decoder(against)
+        made = model if config.fp8_recipe else converted(model, out)
+        words = tokenizer_for(out, tokenizer or ("bytes" if config.tokenizer == "bytes" else None))
+        verdict = verify(out, made, rows_of_prompts(words, prompts))
+    else:
+        words = tokenizer_for(out, tokenizer)
+        window = text_rows(words, text, tokens, out) if tokens else None
+        verdict = verify(out, against, rows_of_prompts(words, prompts), window, transformers)
+    if as_json:
+        typer.echo(json.dumps(verdict.to_dict(), indent=2, allow_nan=False))
+    else:
+        console = Console(highlight=False)
+        (console if console.is_terminal else Console(highlight=False, width=200)).print(table(verdict.checks))
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+PROMPTS = (
+    "Call me Ishmael. Some years ago", "The capital of France is",
+    "def fibonacci(n):\n    if n < 2:", "Once upon a time, in a small village by the sea,",
+)  # fmt: skip
+
+
+def rows_of_prompts(tokenizer: Any, prompts: Sequence[str] | None) -> Tensor:
+    """Prompts as rows of equal length [n, T]: each is cut to the shortest."""
+    texts = list(prompts or PROMPTS)
+    rows = [_encode(tokenizer, text) for text in texts]
+    shortest = min(len(row) for row in rows)
+    if shortest == 0:
+        raise ConfigError("a prompt has no token: give one with text.")
+    return torch.tensor([row[:shortest] for row in rows])
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    ids: Any = tokenizer.encode(text)
+    return [int(token) for token in ids]
+
+
+def text_rows(tokenizer: Any, text: str, tokens: int, folder: Path) -> Tensor:
+    """The text for perplexity, rows of at most 256 tokens."""
+    from ..checkpoint.source import Source
+    from .text import read_texts, rows_of
+
+    length = min(256, tokens)
+    vocabulary = int(Source.open(folder).config.get("vocab_size") or 1 << 62)
+    return rows_of(read_texts([text]), tokenizer, max(tokens // length, 2), length, vocabulary)
+
+
+def converted(model: Any, out: Path) -> Any:
+    """A decoder in high precision with the FP8 layers that its export has."""
+    from ..checkpoint.fp8_folder import Fp8Folder
+    from ..nn import convert
+
+    blocks = any(scheme.block for scheme in Fp8Folder.open(out).layers.values())
+    convert(model, RUN_RECIPES["block" if blocks else "dynamic"])
+    return model
