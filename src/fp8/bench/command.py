@@ -30,7 +30,7 @@ def command(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="quantize, gemm, optimizer, train, rates, plan, emulation; all without a name. checkpoint runs on any machine"
+            help="quantize, gemm, optimizer, train, rates, plan, emulation; all without a name. On any machine: checkpoint"
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="folder for the JSON files")] = Path("bench/results"),
