@@ -30,7 +30,7 @@ def command(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="quantize, gemm, optimizer, train, rates, plan, emulation; all without a name. On any machine: checkpoint"
+            help=f"{', '.join(MEASUREMENTS)}; all of these without a name. On any machine: {', '.join(ANYWHERE)}"
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="folder for the JSON files")] = Path("bench/results"),
