@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,9 @@ from fp8.matmul.budget import budget, exact_product
 from fp8.nn import products
 from fp8.quantize.record import spread
 from fp8.recipe import PRESETS, Accumulate, Operand, Recipe
+
+once_a_step = importlib.import_module("fp8.nn.attach")  # fp8.nn.attach is the function
+
 
 RECIPES = ("tensorwise", "delayed", "rowwise", "blockwise")
 recipes = pytest.mark.parametrize("recipe", RECIPES)
@@ -363,8 +368,10 @@ def test_micro_batches_add_up_and_quantize_the_weight_once(monkeypatch: pytest.M
         layer.zero_grad()
         layer(part).sum().backward()
         each.append(layer.weight.grad.clone())
-    shapes, right = [], products._quantize
+    shapes, right, many = [], products._quantize, once_a_step.run_many
+    note = lambda casts: shapes.extend(tuple(cast.x.shape) for cast in casts)  # noqa: E731
     monkeypatch.setattr(products, "_quantize", lambda x, *rest: shapes.append(tuple(x.shape)) or right(x, *rest))
+    monkeypatch.setattr(once_a_step, "run_many", lambda casts, *rest: note(casts) or many(casts, *rest))
     optimizer = torch.optim.SGD(layer.parameters(), 0.0)
     fp8.attach(layer, optimizer)
     layer.zero_grad()
