@@ -1,15 +1,17 @@
 """CUDA C++ at run time: NVRTC, which comes with torch, compiles a source of this package for the GPU that is there.
 
-For the few kernels that Triton cannot make fast. A kernel is compiled when it is first needed (a second or so), once
-for each set of constants, and kept for the life of the process; nothing is written to disk, no toolkit is needed, and
-the sources include no headers. Compilation never fuses a multiply and an add, so that our kernels round as written.
+For the few kernels that Triton cannot make fast. A kernel is compiled when it is first needed (a few seconds), once for
+each set of constants, and kept: for the life of the process, and for later ones in the user's cache (`cache_folder`),
+under a name that is made of all that went into it. No toolkit is needed, and the sources include no headers. Compilation never fuses a multiply and an add, so that our kernels round as written.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -68,6 +70,39 @@ def build(source: str, constants: Mapping[str, int], capability: str = "90") -> 
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+def cache_folder() -> Path:
+    """Where compiled kernels are kept; deleting it costs a few seconds."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fp8" / "kernels"
+
+
+def cached(source: str, constants: Mapping[str, int], capability: str) -> bytes:
+    """`build`, or what an earlier process built of the same source, constants and compiler."""
+    parts = [(PACKAGE / source).read_bytes(), repr(sorted(constants.items())).encode(), capability.encode()]
+    path = cache_folder() / f"{hashlib.sha256(b'|'.join([*parts, version().encode()])).hexdigest()}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        binary = build(source, constants, capability)
+    aside = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(binary)
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)  # no room, or nowhere to write: the kernel itself is there
+    return binary
+
+
+def version() -> str:
+    """NVRTC's version, or why there is none."""
+    nvrtc = library()
+    if nvrtc is None:
+        return str(why_not())
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check(nvrtc, nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    return f"{major.value}.{minor.value}"
+
+
 def _bytes(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
     size = ctypes.c_size_t()
     _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
@@ -105,7 +140,7 @@ def _done(status: int, what: str) -> None:
 def _loaded(source: str, name: str, constants: Constants, device: int) -> ctypes.c_void_p:
     major, minor = torch.cuda.get_device_capability(device)
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    binary = build(source, dict(constants), f"{major}{minor}")
+    binary = cached(source, dict(constants), f"{major}{minor}")
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # so that the driver's context is there
         _done(_driver().cuModuleLoadData(ctypes.byref(module), binary), f"loading {source}")
