@@ -2,16 +2,19 @@
 
 For the few kernels that Triton cannot make fast. A kernel is compiled when it is first needed (a few seconds), once for
 each set of constants, and kept: for the life of the process, and for later ones in the user's cache (`cache_folder`),
-under a name that is made of all that went into it. No toolkit is needed, and the sources include no headers. Compilation never fuses a multiply and an add, so that our kernels round as written.
+under a name that is made of all that went into it. No toolkit is needed, and the sources include no headers.
+Compilation never fuses a multiply and an add, so that our kernels round as written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import importlib.util
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -83,13 +86,12 @@ def cached(source: str, constants: Mapping[str, int], capability: str) -> bytes:
         return path.read_bytes()
     except OSError:
         binary = build(source, constants, capability)
-    aside = path.with_suffix(f".{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError):  # no room, or nowhere to write: the kernel itself is there
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(binary)
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)  # no room, or nowhere to write: the kernel itself is there
+        with tempfile.NamedTemporaryFile(dir=path.parent) as aside:
+            aside.write(binary)
+            aside.flush()
+            os.link(aside.name, path)
     return binary
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import sys
 
 import pytest
 import torch
@@ -15,9 +15,6 @@ from fp8.matmul.budget import budget, exact_product
 from fp8.nn import products
 from fp8.quantize.record import spread
 from fp8.recipe import PRESETS, Accumulate, Operand, Recipe
-
-once_a_step = importlib.import_module("fp8.nn.attach")  # fp8.nn.attach is the function
-
 
 RECIPES = ("tensorwise", "delayed", "rowwise", "blockwise")
 recipes = pytest.mark.parametrize("recipe", RECIPES)
@@ -358,8 +355,7 @@ def test_activation_checkpointing_changes_neither_gradients_nor_state(recipe: st
 
 
 def test_micro_batches_add_up_and_quantize_the_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accumulating over four micro-batches adds their gradients; with `attach` the weight's codes are made once a
-    step."""
+    """Accumulating adds gradients; with `attach` the weight's codes are made once a step."""
     torch.manual_seed(0)
     layer = fp8.Linear(8, 8, recipe="tensorwise")
     parts = torch.randn(4, 5, 8)
@@ -368,9 +364,11 @@ def test_micro_batches_add_up_and_quantize_the_weight_once(monkeypatch: pytest.M
         layer.zero_grad()
         layer(part).sum().backward()
         each.append(layer.weight.grad.clone())
-    shapes, right, many = [], products._quantize, once_a_step.run_many
+    shapes, right = [], products._quantize
+    once_a_step = sys.modules["fp8.nn.attach"]  # fp8.nn.attach is the function
     note = lambda casts: shapes.extend(tuple(cast.x.shape) for cast in casts)  # noqa: E731
     monkeypatch.setattr(products, "_quantize", lambda x, *rest: shapes.append(tuple(x.shape)) or right(x, *rest))
+    many = once_a_step.run_many
     monkeypatch.setattr(once_a_step, "run_many", lambda casts, *rest: note(casts) or many(casts, *rest))
     optimizer = torch.optim.SGD(layer.parameters(), 0.0)
     fp8.attach(layer, optimizer)
