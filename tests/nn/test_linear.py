@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -352,32 +350,6 @@ def test_activation_checkpointing_changes_neither_gradients_nor_state(recipe: st
 
     for plain, recomputed in zip(train(False), train(True), strict=True):
         assert torch.equal(plain, recomputed)
-
-
-def test_micro_batches_add_up_and_quantize_the_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accumulating adds gradients; with `attach` the weight's codes are made once a step."""
-    torch.manual_seed(0)
-    layer = fp8.Linear(8, 8, recipe="tensorwise")
-    parts = torch.randn(4, 5, 8)
-    each = []
-    for part in parts:
-        layer.zero_grad()
-        layer(part).sum().backward()
-        each.append(layer.weight.grad.clone())
-    shapes, right = [], products._quantize
-    once_a_step = sys.modules["fp8.nn.attach"]  # fp8.nn.attach is the function
-    note = lambda casts: shapes.extend(tuple(cast.x.shape) for cast in casts)  # noqa: E731
-    monkeypatch.setattr(products, "_quantize", lambda x, *rest: shapes.append(tuple(x.shape)) or right(x, *rest))
-    many = once_a_step.run_many
-    monkeypatch.setattr(once_a_step, "run_many", lambda casts, *rest: note(casts) or many(casts, *rest))
-    optimizer = torch.optim.SGD(layer.parameters(), 0.0)
-    fp8.attach(layer, optimizer)
-    layer.zero_grad()
-    for part in parts:
-        layer(part).sum().backward()
-    assert torch.equal(layer.weight.grad, each[0] + each[1] + each[2] + each[3])
-    optimizer.step()
-    assert shapes == [(8, 8)] + [(5, 8), (5, 8)] * 4 + [(8, 8)]
 
 
 def test_a_layer_without_a_recipe_is_torchs_linear_outside_of_autocast() -> None:
