@@ -4,9 +4,6 @@ in."""
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8
 from fp8.nn import fused
+from waiting import never_waits
 
 RECIPES = (None, "tensorwise", "delayed", "rowwise", "blockwise")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -214,15 +212,3 @@ def test_on_a_gpu_a_step_repeats_to_the_bit_and_never_waits_for_the_host(recipe:
     torch.use_deterministic_algorithms(False)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
-
-
-@contextmanager
-def never_waits() -> Iterator[None]:
-    """Any synchronization of the host with the GPU inside is an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this mode does not find everything
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

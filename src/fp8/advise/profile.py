@@ -122,7 +122,7 @@ def _record(step: Callable[[], Any], steps: int, trace: Path | None) -> list[Eve
     """The events of some steps."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
     _settle()
-    with torch.profiler.profile(activities=activities) as recorded:
+    with torch.profiler.profile(activities=activities, acc_events=True) as recorded:
         for _ in range(steps):
             with record_function(MARK):
                 step()

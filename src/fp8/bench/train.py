@@ -65,7 +65,7 @@ def kernels(step: Any) -> list[tuple[str, float, int]]:
     """The kernels of one step: name, microseconds in all, how often; most expensive first."""
     step()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         step()
         torch.cuda.synchronize()
     time: Counter[str] = Counter()
