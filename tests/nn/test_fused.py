@@ -139,13 +139,15 @@ def test_under_autocast_the_residual_stream_stays_fp32() -> None:
 
 @pytest.mark.usefixtures("anywhere")
 def test_frozen_weights_get_no_gradient_and_inference_keeps_nothing() -> None:
-    layer = block("tensorwise")
+    layer, x = block("tensorwise"), inputs()
+    with torch.no_grad():
+        assert layer.why_not_fused(x) is None
+        assert torch.equal(layer(x), layer(x))
     layer.mlp.requires_grad_(False)
-    results(layer, inputs())
+    assert "frozen" in str(layer.why_not_fused(x))
+    results(layer, x)
     assert layer.mlp.up.weight.grad is None
     assert layer.attention.qkv.weight.grad is not None
-    with torch.no_grad():
-        assert torch.equal(layer(inputs()), layer(inputs()))
 
 
 @pytest.mark.usefixtures("anywhere")
@@ -212,3 +214,16 @@ def test_on_a_gpu_a_step_repeats_to_the_bit_and_never_waits_for_the_host(recipe:
     torch.use_deterministic_algorithms(False)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_on_a_gpu_a_gradient_that_is_expanded_is_read_as_what_it_stands_for(recipe: str | None) -> None:
+    """The gradient of a sum is one number with strides of zero."""
+    layer, x = block(recipe).cuda(), inputs("cuda")
+    layer(x).sum().backward()
+    want = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    layer(x).backward(torch.ones_like(x))
+    for a, p in zip(want, layer.parameters(), strict=True):
+        close([p.grad], [a], 1e-3)

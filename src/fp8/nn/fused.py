@@ -319,6 +319,8 @@ def why_not_shape(x: Tensor, norms: tuple[nn.Module, ...], linears: tuple[nn.Mod
         return "its norms are not RMS norms with a weight"
     if any(getattr(linear, "bias", None) is not None for linear in linears):
         return "a linear layer has a bias"
+    if torch.is_grad_enabled() and not all(linear.weight.requires_grad for linear in linears):
+        return "a weight is frozen, and its gradient is computed here all the same"
     if not torch.compiler.is_compiling() and any(_hooked(module) for module in (*norms, *linears)):
         return "a module inside it has hooks"
     rows, width = as_matrix(x).shape

@@ -16,7 +16,8 @@ FUNCTIONS = {"silu": 0, "gelu": 1, "relu": 2}
 
 
 def activation(x: Tensor, function: str, gated: bool, target: Target | None) -> Tensor | Codes:
-    """`reference.activation` of a contiguous CUDA matrix."""
+    """`reference.activation` of a CUDA matrix."""
+    x = x.contiguous()
     rows, width = x.shape[0], x.shape[1] // (2 if gated else 1)
     room = Room(x, rows, width, target, across=False)
     source = activation_source(None, x, width)
@@ -27,7 +28,8 @@ def activation_backward(
     dh: Tensor, x: Tensor, function: str, gated: bool, target: Target | None, again: Target | None = None,
     keys_t: Tensor | None = None,
 ) -> tuple[Tensor | Codes, Codes | None]:  # fmt: skip
-    """`reference.activation_backward` of contiguous CUDA matrices."""
+    """`reference.activation_backward` of CUDA matrices."""
+    dh, x = dh.contiguous(), x.contiguous()
     (rows, cols), width = x.shape, x.shape[1] // (2 if gated else 1)
     room = Room(x, rows, cols, target)
     other = None if again is None else Room(x, rows, width, again, down=False, known=True, keys_t=keys_t)

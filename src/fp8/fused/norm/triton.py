@@ -113,6 +113,7 @@ def norm(
     x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype, target: Target | None
 ) -> tuple[Tensor, Tensor, Tensor | Codes]:
     """`reference.norm` on CUDA matrices."""
+    x, branch = x.contiguous(), None if branch is None else branch.contiguous()
     rows, cols = x.shape
     h = x if branch is None else torch.empty_like(x)
     rstd = torch.empty(rows, device=x.device)
@@ -149,6 +150,7 @@ def norm_backward(
     dy: Tensor, h: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`reference.norm_backward` on CUDA matrices."""
+    dy, residual = dy.contiguous(), None if residual is None else residual.contiguous()  # a sum's gradient is expanded
     rows, cols = h.shape
     per = max(1, triton.cdiv(rows, 528))  # four programs for each multiprocessor of an H200
     programs = triton.cdiv(rows, per)

@@ -43,9 +43,10 @@ def rope_heads(
 
 
 def rope(qkv: Tensor, tokens: int, heads: Heads) -> Tensor:
-    """`reference.rope` of a contiguous CUDA matrix."""
+    """`reference.rope` of a CUDA matrix."""
     if not heads.turned:
         return qkv.clone()
+    qkv = qkv.contiguous()
     rows, cols = qkv.shape
     y = torch.empty_like(qkv)
     cos, sin = heads.tables(tokens, qkv.device)
