@@ -279,11 +279,18 @@ def kept_dtype(dtype: torch.dtype, wanted: str) -> torch.dtype:
 
 
 def kept(source: Source, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A tensor that stays in high precision. Raises `CheckpointError` where it is not finite."""
+    """A tensor that stays in high precision. Raises `CheckpointError` where it is not finite, or overflows `dtype`."""
     tensor = source.read(name)
-    if tensor.is_floating_point() and not all(bool(part.isfinite().all()) for part in tensor.flatten().split(SLAB)):
+    if tensor.is_floating_point() and not all_finite(tensor):
         raise CheckpointError(f"{name} is not finite: the source is damaged, or its training run diverged.")
-    return {name: tensor.to(dtype)}
+    stays = tensor.to(dtype)
+    if stays.dtype != tensor.dtype and not all_finite(stays):
+        raise CheckpointError(f"{name} holds numbers beyond {str(dtype)[6:]}: keep it in another type (dtype, --dtype).")
+    return {name: stays}
+
+
+def all_finite(tensor: Tensor) -> bool:
+    return all(bool(part.isfinite().all()) for part in tensor.flatten().split(SLAB))
 
 
 def kv_tasks(source: Source, scales: Scales) -> Iterator[tuple[str, Task]]:
