@@ -311,7 +311,8 @@ def config(source: Source, layers: Layers, options: Options, scales: Scales) -> 
     """The `config.json` of OUT."""
     kv = "attn_head" if scales.keys else None
     quantization = quantization_config({options.layout: layers.fp8}, layers.ignore, kv)
-    own = own_config([options.layout], None) | {"quantized": told(options, scales)}
+    tokenizer = (source.config.get("fp8") or {}).get("tokenizer")
+    own = own_config([options.layout], tokenizer) | {"quantized": told(options, scales)}
     kept_as = str(kept_dtype(source.dtype, options.dtype)).removeprefix("torch.")
     types = {key: kept_as for key in ("dtype", "torch_dtype") if key in source.config} or {"torch_dtype": kept_as}
     return {**source.config, **types, "quantization_config": quantization, "fp8": own}

@@ -105,11 +105,8 @@ def short(folder: Path) -> str:
 
 def engine_for(folder: Path) -> str:
     """The engine that runs a folder: ours where it can."""
-    plain = read_json(folder / "config.json")
-    if (plain.get("quantization_config") or {}).get("quant_method", "compressed-tensors") != "compressed-tensors":
-        return "transformers"
     try:
-        from_config(plain)
+        from_config(read_json(folder / "config.json"))
     except Fp8Error:
         return "transformers"
     return "fp8" if any(folder.glob("model*.safetensors")) else "transformers"
