@@ -37,10 +37,10 @@ def quantize_command(
     length: Annotated[int, typer.Option(help="Tokens a row.")] = 256,
     observer: Annotated[str, typer.Option(help="max or percentile.")] = "max",
     percentile: Annotated[float, typer.Option(help="For the observer percentile.")] = 99.99,
-    tokenizer: Annotated[str | None, typer.Option(help="A folder with a tokenizer, or 'bytes'.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="'bytes', a tokenizer.json or its folder; else the model's.")] = None,
     scales: Annotated[str, typer.Option(help="power_of_two, or none (amax / 448).")] = "power_of_two",
-    dtype: Annotated[str, typer.Option(help="Of what stays: auto (FP32 becomes BF16), bfloat16, float32.")] = "auto",
-    device: Annotated[str, typer.Option(help="Where the text is run: cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of what stays: auto (FP32 becomes BF16), bfloat16, float16, float32.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where the text is run: auto, cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Write the FP8 checkpoint of a model, which vLLM, SGLang and transformers load.
 
@@ -182,7 +182,7 @@ def verify_command(
     ] = None,
     text: Annotated[str, typer.Option(help="The text for perplexity.")] = "moby-dick",
     tokens: Annotated[int, typer.Option(help="Tokens of it; 0: no perplexity.")] = 512,
-    tokenizer: Annotated[str | None, typer.Option(help="A folder with a tokenizer, or 'bytes'.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="'bytes', a tokenizer.json or its folder; else the model's.")] = None,
     transformers: Annotated[bool, typer.Option(help="Also decode it with transformers.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print data instead of a table.")] = False,
 ) -> None:
