@@ -149,9 +149,7 @@ def test_both_engines_give_the_same_logits(llama: Path) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "most"), [("dynamic", 2e-2), ("block", 2e-2), ("weight-only", 1e-5)])
-def test_both_engines_multiply_the_codes_of_a_checkpoint(
-    llama: Path, tmp_path: Path, scheme: str, most: float
-) -> None:
+def test_both_engines_multiply_the_codes_of_a_checkpoint(llama: Path, tmp_path: Path, scheme: str, most: float) -> None:
     pytest.importorskip("transformers")
     folder = quantize_folder(llama, tmp_path / "made", Options(scheme)).folder
     rows = torch.arange(60).view(2, 30)

@@ -149,7 +149,7 @@ def test_a_task_of_another_form_is_refused_by_line(tmp_path: Path, rows: list[An
 
 
 def test_missing_files_and_unknown_names_say_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"Did you mean 'lambada'.*or a \.jsonl"):
+    with pytest.raises(ConfigError, match=r"Did you mean 'lambada'.*FILE\.jsonl"):
         load_task("lambda", tmp_path)
     with pytest.raises(ConfigError, match="by --data"):
         load_task("lambada")

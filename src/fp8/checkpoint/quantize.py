@@ -285,7 +285,9 @@ def kept(source: Source, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
         raise CheckpointError(f"{name} is not finite: the source is damaged, or its training run diverged.")
     stays = tensor.to(dtype)
     if stays.dtype != tensor.dtype and not all_finite(stays):
-        raise CheckpointError(f"{name} holds numbers beyond {str(dtype)[6:]}: keep it in another type (dtype, --dtype).")
+        raise CheckpointError(
+            f"{name} holds numbers beyond {str(dtype)[6:]}: keep it in another type (dtype, --dtype)."
+        )
     return {name: stays}
 
 

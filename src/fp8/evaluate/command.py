@@ -51,7 +51,9 @@ def command(
     batch: Annotated[int, typer.Option(help="Windows, or items, at a time.")] = 1,
     dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16; auto: fp32 on a CPU, bf16 on a GPU.")] = "auto",
     engine: Annotated[str, typer.Option(help="fp8 (our decoder), transformers; auto: fp8 where it can.")] = "auto",
-    tokenizer: Annotated[str | None, typer.Option(help="'bytes', a tokenizer.json or its folder; else the model's.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="'bytes', a tokenizer.json or its folder; else the model's.")
+    ] = None,
     tolerance: Annotated[float, typer.Option(help="Points (or percent of perplexity) that may be lost.")] = LIMIT,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write figures and every item's outcome.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for partial results.")] = Path("runs/eval"),

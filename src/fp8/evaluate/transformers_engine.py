@@ -2,7 +2,7 @@
 such a model is opened.
 
 An FP8 checkpoint runs as a server runs it, codes times codes (`checkpoint/frozen.py`): transformers itself would decode
-its weights and leave activations alone, and so judge another model.
+its weights and leave activations alone, and so judge another model. The experts of a mixture are decoded all the same.
 
 An FP8 cache is `quantize` and back on what enters the cache: each key (after the rotary embedding) and value is rounded
 to BF16, then to codes with one scale a token and head, as in `attention/cache.py`.
@@ -22,9 +22,10 @@ from ..checkpoint import frozen_model
 from ..checkpoint.fp8_folder import Fp8Folder
 from ..checkpoint.tensorfile import read_json
 from ..errors import CheckpointError, ConfigError
+from ..nn.frozen_linear import FrozenLinear
 from ..quantize import quantize
 from .schemes import apply_scheme
-from .subject import DTYPES, ModelSpec, tokenizer_for
+from .subject import DTYPES, ModelSpec, as_stored, tokenizer_for
 
 LONGEST = 1 << 20  # where a model names no limit
 
@@ -57,7 +58,10 @@ def pretrained(kind: Any, spec: ModelSpec) -> tuple[Any, str]:
     if spec.scheme != "none":
         raise ConfigError(f"{spec.folder} is quantized already: scheme {spec.scheme!r} is for a plain model.")
     folder = Fp8Folder.open(spec.folder)
-    return frozen_model(folder, DTYPES[spec.dtype]).to(spec.device), f"{len(folder.layers)} layers of codes as stored"
+    model = frozen_model(folder, DTYPES[spec.dtype]).to(spec.device)
+    codes = sum(isinstance(module, FrozenLinear) for module in model.modules())
+    decoded = len(folder.layers) - codes  # experts, which transformers keeps as one tensor
+    return model, as_stored(folder, codes) + (f"; {decoded} decoded" if decoded else "")
 
 
 class TransformersModel:
