@@ -120,17 +120,6 @@ def formats(
         _print(as_json, lambda: show.rows(chosen), lambda: show.table(chosen, notes=console().width >= 140))
 
 
-app.command("bench")(bench_command)
-app.command("eval")(eval_command)
-app.command("plan")(plan_command)
-app.command("profile")(profile_command)
-app.command("quantize")(quantize_command)
-app.command("convert")(convert_command)
-app.command("lint")(lint_command)
-app.command("verify")(verify_command)
-app.command("train")(train_command())  # its flags are the settings of TrainConfig
-
-
 @app.command()
 def demo(
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="Preset of the FP8 run.")] = "tensorwise",
@@ -163,6 +152,17 @@ def demo(
     except room.StoppedError as stopped:
         typer.echo(str(stopped))
         raise typer.Exit(130) from None
+
+
+# In the order in which a user meets them: before a training, the training, a finished model, a judgement.
+app.command("plan")(plan_command)
+app.command("train")(train_command())  # its flags are the settings of TrainConfig
+app.command("profile")(profile_command)
+app.command("quantize")(quantize_command)
+app.command("convert")(convert_command)
+app.command("lint")(lint_command)
+app.command("verify")(verify_command)
+app.command("eval")(eval_command)
 
 
 @app.command()
@@ -202,6 +202,9 @@ def generate(
     for piece in text_pieces((token for token in tokens if token not in ends), words.decode):
         typer.echo(piece, nl=False)
     typer.echo()
+
+
+app.command("bench")(bench_command)
 
 
 if __name__ == "__main__":

@@ -116,3 +116,25 @@ def test_a_training_run_is_exported_with_its_own_codes(tmp_path, capfd, precisio
     assert own in capfd.readouterr().out
     assert run("verify", tmp_path / "out", "--against", tmp_path / "run") == 0
     assert run("quantize", tmp_path / "run", tmp_path / "static", "--scheme", "static") == 2
+    for flag in (("--skip", "*.down_proj"), ("--head",), ("--kv-cache",), ("--dtype", "float32"), ("--scales", "none")):
+        assert run("quantize", tmp_path / "run", tmp_path / "other", *flag) == 2
+        assert "is written as it was trained" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_device_that_is_not_here_is_one_line(model, tmp_path, capfd):
+    assert run("quantize", model, tmp_path / "out", "--device", "cuda:99") == 2
+    assert "is not here" in capfd.readouterr().err
+    assert run("quantize", model, tmp_path / "out", "--device", "tpu") == 2
+    assert "it is auto, cpu, cuda or cuda:N" in capfd.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_ctrl_c_in_convert_says_how_to_go_on(model, tmp_path, capfd, monkeypatch):
+    from fp8.checkpoint import convert
+
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "convert_folder", stop)
+    assert run("convert", model, tmp_path / "out", "--to", "bf16") == 130
+    assert "the same command goes on" in capfd.readouterr().err

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 
 import pytest
 import torch
 
 import tiny_models
-from fp8.checkpoint import Options, Scales, partial, quantize_folder
+from fp8.checkpoint import Options, Scales, load, partial, quantize_folder
+from fp8.checkpoint.source import Source
+from fp8.checkpoint.tensorfile import INDEX, read_tensors, write_tensors
 from fp8.errors import CheckpointError
 from tiny_models import bytes_of, copied, reconfigure, retensor, tensors
 
@@ -174,3 +177,66 @@ def test_what_stands_beside_the_weights_goes_along(models, tmp_path):
     names = set(bytes_of(tmp_path / "out"))
     assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
                      "1_Pooling/config.json"}  # fmt: skip
+
+
+def test_too_little_space_keeps_calibrated_scales(models, tmp_path, monkeypatch):
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+        with pytest.raises(CheckpointError, match=r"0\.0 MB free"):
+            quantize_folder(models["llama"], tmp_path / "out", Options("static"), constant(0.25))
+
+    def never(source, layers):
+        raise AssertionError("calibrated twice")
+
+    assert quantize_folder(models["llama"], tmp_path / "out", Options("static"), never).resumed
+
+
+def test_a_manifest_of_something_else_protects_its_folder(models, tmp_path):
+    mine = tmp_path / "out.partial"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    for manifest in ('{"name": "my app"}', "half a manif"):
+        (mine / "manifest.json").write_text(manifest)
+        with pytest.raises(CheckpointError, match="holds other files"):
+            quantize_folder(models["llama"], tmp_path / "out")
+    assert (mine / "thesis.txt").exists()
+
+
+def test_a_checkpoint_made_inside_its_source_holds_nothing_of_its_making(models, tmp_path):
+    model = copied(models["llama"], tmp_path / "model")
+    inside = bytes_of(quantize_folder(model, model / "fp8").folder)
+    assert inside == bytes_of(quantize_folder(models["llama"], tmp_path / "out").folder)
+
+
+@pytest.mark.parametrize("file", ["../llama/model.safetensors", "/etc/passwd", "..", "a\\b", 3])
+def test_an_index_names_files_beside_it_and_nothing_else(models, tmp_path, file):
+    folder = copied(models["sharded"], tmp_path / "model")
+    reindexed(folder, UP + ".weight", file)
+    for read in (lambda: quantize_folder(folder, tmp_path / "out"), lambda: load(folder)):
+        with pytest.raises(CheckpointError, match="is no file beside it"):
+            read()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_of_two_tensors_of_one_name_the_index_decides(models, tmp_path):
+    folder, name = copied(models["sharded"], tmp_path / "model"), "model.norm.weight"
+    right = tensors(folder)[name]
+    files = json.loads((folder / INDEX).read_text())["weight_map"]
+    stale = folder / max(file for file in files.values() if file != files[name])
+    write_tensors(stale, {n: t.clone() for n, t in read_tensors(stale).items()} | {name: torch.zeros_like(right)})
+    assert torch.equal(Source.open(folder).read(name), right)
+    assert torch.equal(load(folder).state_dict()["norm.weight"], right)
+
+
+def reindexed(folder, name, file):
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][name] = file
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def test_what_stays_does_not_overflow_its_new_type(models, tmp_path):
+    model = copied(models["llama"], tmp_path / "model")
+    retensor(model, "model.norm.weight", torch.full((128,), 1e5).bfloat16())
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds numbers beyond float16"):
+        quantize_folder(model, tmp_path / "out", Options(dtype="float16"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fp8.checkpoint import quantize_folder
 from fp8.cli import main
 from fp8.errors import ConfigError
 from fp8.evaluate.judge import judge, variants
@@ -73,6 +74,14 @@ def test_encoders_are_judged_by_rank_correlation(bert: Path, pairs: Path) -> Non
         off = [abs(a["cosine"] - b["cosine"]) for a, b in zip(one, other, strict=True)]
         assert 0 < max(off) < 0.1
         assert other[-1]["cosine"] == pytest.approx(1.0)  # the same sentence twice
+
+
+def test_an_encoder_of_codes_is_judged_by_its_codes(bert: Path, tmp_path: Path) -> None:
+    exported = Encoder(ModelSpec(quantize_folder(bert, tmp_path / "made").folder))
+    assert exported.about == "12 layers of codes as stored"
+    texts = ["a man", "the sea is calm"]
+    plain, codes = Encoder(ModelSpec(bert)).embed(texts), exported.embed(texts)
+    assert 0 < float((plain - codes).norm() / plain.norm()) < 0.1
 
 
 def test_an_encoder_has_no_cache_and_says_so(bert: Path) -> None:

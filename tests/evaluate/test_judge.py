@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fp8
-from fp8.checkpoint import load, save
+from fp8.checkpoint import Options, load, quantize_folder, save
 from fp8.cli import main
 from fp8.errors import CheckpointError, ConfigError
 from fp8.evaluate.intervals import paired_difference, ratio_mean
@@ -146,6 +146,19 @@ def test_both_engines_give_the_same_logits(llama: Path) -> None:
         # Codes may flip where the last bit of an FP32 norm differs; without FP8 nothing can.
         assert float((a - b).norm() / a.norm()) < (1e-5 if (scheme, kv) == ("none", None) else 2e-2)
         assert list(ours.go_on([1, 2, 3], 5))[:1] == list(theirs.go_on([1, 2, 3], 5))[:1]
+
+
+@pytest.mark.parametrize(("scheme", "most"), [("dynamic", 2e-2), ("block", 2e-2), ("weight-only", 1e-5)])
+def test_both_engines_multiply_the_codes_of_a_checkpoint(llama: Path, tmp_path: Path, scheme: str, most: float) -> None:
+    pytest.importorskip("transformers")
+    folder = quantize_folder(llama, tmp_path / "made", Options(scheme)).folder
+    rows = torch.arange(60).view(2, 30)
+    ours, theirs = (open_causal(ModelSpec(folder, engine=engine)) for engine in ("fp8", "transformers"))
+    assert "layers of codes as stored" in ours.about and theirs.about == "14 layers of codes as stored"
+    a, b = ours.logits(rows), theirs.logits(rows)
+    assert float((a - b).norm() / a.norm()) < most  # as above
+    with pytest.raises(ConfigError, match="quantized already"):
+        open_causal(ModelSpec(folder, engine="transformers", scheme="int8"))
 
 
 def test_a_cache_in_fp8_changes_little_and_something(llama: Path) -> None:

@@ -74,3 +74,11 @@ def test_a_task_of_lm_evals_runs_on_local_files(llama: Path, tmp_path: Path) -> 
     assert [len(outcome.records) for outcome in told.outcomes] == [4, 4]
     assert told.outcomes[0].records[0]["chance"] == 0.5
     assert told.outcomes[1].figures[0].verdict == "uninformative"
+
+
+def test_a_continuation_that_fills_the_model_is_refused_and_not_run_too_long(llama: Path) -> None:
+    model = open_causal(ModelSpec(llama))
+    full = [1] * model.max_positions
+    assert len(lm_harness.scored(model, [(None, [1, 2, 3], full)], 1)) == 1
+    with pytest.raises(DataError, match="too short"):
+        lm_harness.scored(model, [(None, [1, 2, 3], [*full, 1])], 1)

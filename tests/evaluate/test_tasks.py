@@ -149,7 +149,7 @@ def test_a_task_of_another_form_is_refused_by_line(tmp_path: Path, rows: list[An
 
 
 def test_missing_files_and_unknown_names_say_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"Did you mean 'lambada'.*or a \.jsonl"):
+    with pytest.raises(ConfigError, match=r"Did you mean 'lambada'.*FILE\.jsonl"):
         load_task("lambda", tmp_path)
     with pytest.raises(ConfigError, match="by --data"):
         load_task("lambada")
@@ -236,3 +236,30 @@ def test_generation_ends_at_a_stop_string_which_is_left_out() -> None:
     assert answering.until(model, "A", (), 3) == "nsw"
     (told,) = answering.answer(model, Task("t", [item := Answer("0", "r", ": 42", ("\n",), 9)]), [item])
     assert told == {"id": "0", "correct": 1, "answer": ": 42", "text": ": 42"}
+
+
+def test_a_line_ends_at_a_line_feed_and_nowhere_else(tmp_path: Path) -> None:
+    rows = [{"prompt": f"a{end}b", "choices": ["x", "y"], "answer": 0} for end in "\u2028\u2029\x85"]
+    (tmp_path / "own.jsonl").write_bytes("\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows).encode())
+    assert [item.context for item in load_task(str(tmp_path / "own.jsonl")).items] == [r["prompt"] for r in rows]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "a", "answer": "b", "stop": "END"}, "'stop' is a list of texts, not 'END'"),
+        ({"prompt": "a", "answer": 1, "choices": [1, 2]}, r"'choices' is a list of texts, not \[1, 2\]"),
+        ({"prompt": 7, "answer": "b"}, "'prompt' is a text, not 7"),
+        ({"prompt": "a", "answer": "b", "id": "0"}, "item 1 has the id of item 0"),
+    ],
+)
+def test_own_items_of_another_kind_are_refused(tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    first = {"prompt": "a", "answer": "b"} | ({"choices": ["b", "c"]} if "choices" in row else {})
+    with pytest.raises(DataError, match=said):
+        load_task(str(lines(tmp_path / "own.jsonl", first, row)))
+
+
+def test_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl").write_bytes(b'{"prompt": "\xff\xfe", "answer": ""}\n')
+    with pytest.raises(DataError, match="UTF-8"):
+        load_task(str(tmp_path / "own.jsonl"))

@@ -23,6 +23,7 @@ from ..checkpoint.layers import Layers, attention_layers, linear_layers
 from ..checkpoint.quantize import Scales, scale_of
 from ..checkpoint.source import Source
 from ..errors import ConfigError, DataError
+from ..train.loop import device_of
 from .observers import Magnitudes, observe, one_observer, saturated
 from .running import Runner, run_model
 from .text import digest, read_texts, rows_of, tokenizer_for
@@ -51,12 +52,13 @@ class Calibration:
     percentile: float = 99.99
     tokenizer: str | None = None
     scales: str = "power_of_two"
-    device: str = "cpu"
+    device: str = "cpu"  # or auto, cuda, cuda:N
     stream: bool | None = None  # layer by layer from disk; None: where the model does not fit into memory
     progress: Callable[[int, int], None] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         one_observer(self.observer)
+        object.__setattr__(self, "device", str(device_of(self.device)))
         for name, low in (("samples", 2), ("length", 2)):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} must be at least {low}, not {getattr(self, name)}.")

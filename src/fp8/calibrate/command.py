@@ -37,15 +37,19 @@ def quantize_command(
     length: Annotated[int, typer.Option(help="Tokens a row.")] = 256,
     observer: Annotated[str, typer.Option(help="max or percentile.")] = "max",
     percentile: Annotated[float, typer.Option(help="For the observer percentile.")] = 99.99,
-    tokenizer: Annotated[str | None, typer.Option(help="A folder with a tokenizer, or 'bytes'.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="'bytes', a tokenizer.json or its folder; else the model's.")
+    ] = None,
     scales: Annotated[str, typer.Option(help="power_of_two, or none (amax / 448).")] = "power_of_two",
-    dtype: Annotated[str, typer.Option(help="Of what stays: auto (FP32 becomes BF16), bfloat16, float32.")] = "auto",
-    device: Annotated[str, typer.Option(help="Where the text is run: cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="Of what stays: auto (FP32 becomes BF16), bfloat16, float16, float32.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="Where the text is run: auto, cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Write the FP8 checkpoint of a model, which vLLM, SGLang and transformers load.
 
-    Read one tensor at a time; after Ctrl-C the same command goes on. What a run of `fp8 train` learned in FP8 is
-    written with its own codes.
+    Weights pass one tensor at a time; after Ctrl-C the same command goes on. What a run of `fp8 train` learned
+    in FP8 is written with its own codes.
 
     [bold]Examples[/]
 
@@ -60,6 +64,11 @@ def quantize_command(
 
     options = Options(scheme, tuple(skip or ()), head, scales, dtype)
     if is_run(model):
+        if kv_cache or calibrate or options != Options(scheme):
+            raise ConfigError(
+                f"{model} is a run of `fp8 train` and is written as it was trained: --skip, --head, --kv-cache, "
+                "--calibrate, --scales and --dtype are for Hugging Face models."
+            )
         typer.echo(export_run(model, out, options))
         return
     given: dict[str, Any] = {
@@ -182,7 +191,9 @@ def verify_command(
     ] = None,
     text: Annotated[str, typer.Option(help="The text for perplexity.")] = "moby-dick",
     tokens: Annotated[int, typer.Option(help="Tokens of it; 0: no perplexity.")] = 512,
-    tokenizer: Annotated[str | None, typer.Option(help="A folder with a tokenizer, or 'bytes'.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="'bytes', a tokenizer.json or its folder; else the model's.")
+    ] = None,
     transformers: Annotated[bool, typer.Option(help="Also decode it with transformers.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print data instead of a table.")] = False,
 ) -> None:

@@ -26,7 +26,7 @@ def _read(path: Path) -> str:
     text = decode(read_text(path), path)
     if path.suffix != ".jsonl":
         return text
-    return "\n\n".join(_field(line, path, i) for i, line in enumerate(text.splitlines(), 1) if line.strip())
+    return "\n\n".join(_field(line, path, i) for i, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
 def _field(line: str, path: Path, number: int) -> str:
@@ -56,7 +56,7 @@ def tokenizer_for(folder: Path, name: str | None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(where)
+        return AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"the tokenizer in {where} cannot be read: {str(error).splitlines()[0]}") from None
 

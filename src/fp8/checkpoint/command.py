@@ -32,7 +32,11 @@ def convert_command(
 
     if to is None and reader is None:
         raise ConfigError("say what to write: --to compressed-tensors, huggingface-fp8 or bf16, or --for a reader.")
-    typer.echo(str(convert_folder(source, out, to, reader)))
+    try:
+        typer.echo(str(convert_folder(source, out, to, reader)))
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; what was written is kept in {out}.partial, and the same command goes on.", err=True)
+        raise typer.Exit(130) from None
 
 
 def lint_command(
@@ -78,8 +82,16 @@ def drawing(report: Any) -> Group:
         who.add_column(head)
     for reader in report.readers:
         who.add_row(reader.name, _coloured(reader.verdict), "; ".join(reader.reasons))
-    count = f"{report.folder}: {report.errors} errors, {report.warnings} warnings"
+    count = f"{report.folder}: {counted(report.errors, 'error')}, {counted(report.warnings, 'warning')}"
     return Group(*([found] if report.findings else []), *([who] if report.readers else []), count)
+
+
+def counted(count: int, what: str) -> str:
+    """
+    >>> counted(1, "error"), counted(0, "error")
+    ('1 error', '0 errors')
+    """
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _coloured(word: str) -> str:

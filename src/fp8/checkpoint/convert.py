@@ -60,6 +60,8 @@ def convert_folder(
 
     Raises `CheckpointError` for what the target cannot say, and as `quantize_folder` does.
     """
+    from .. import __version__
+
     folder = Fp8Folder.open(source)
     to = to or ("huggingface-fp8" if folder.groups.parts else "compressed-tensors")
     for value, known, what in ((to, TARGETS, "to"), (reader, (None, *READERS), "reader")):
@@ -68,8 +70,8 @@ def convert_folder(
     job = {"bf16": Decode, "compressed-tensors": ToCompressedTensors, "huggingface-fp8": ToHuggingFace}[to](
         folder, reader
     )
-    files = job.tasks()
-    with making(Path(out), {"source": folder.source.fingerprint(), "to": to, "for": reader}) as made:
+    files, facts = job.tasks(), {"fp8": __version__, "source": folder.source.fingerprint(), "to": to, "for": reader}
+    with making(Path(out), facts) as made:
         made.write(files, progress)
         made.finish(job.config(), files, folder.source)
     size = sum(task.nbytes for tasks in files.values() for task in tasks)

@@ -22,12 +22,11 @@ from .source import Source
 Layer = tuple[Quantized, Scheme, Tensor | None]  # weight, scheme, calibrated scale of the input
 
 
-def frozen_model(folder: Fp8Folder) -> nn.Module:
-    """The model of an FP8 checkpoint, in evaluation mode, on the CPU."""
+def frozen_model(folder: Fp8Folder, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model of an FP8 checkpoint, in evaluation mode, on the CPU. `dtype`: of what is not FP8; else the file's."""
     layers = {name: (folder.weight(name), scheme, folder.input_scale(name)) for name, scheme in folder.layers.items()}
-    return assembled(
-        folder.source, layers, {name: folder.source.read(name) for name in folder.rest}, folder.source.dtype
-    )
+    rest = {name: folder.source.read(name) for name in folder.rest}
+    return assembled(folder.source, layers, rest, dtype or folder.source.dtype)
 
 
 def assembled(source: Source, layers: Mapping[str, Layer], rest: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:

@@ -23,7 +23,7 @@ from ..nn.frozen_linear import FrozenLinear
 from ..quantize import Quantized
 from . import huggingface_fp8
 from .compressed_tensors import Groups, Scheme, check_shard, joined, read_groups
-from .tensorfile import read_json, read_tensors
+from .tensorfile import INDEX, read_index, read_json, read_tensors
 
 OTHER_METHODS = {
     "modelopt": "NVIDIA Model Optimizer's format",
@@ -78,17 +78,14 @@ def groups_of(plain: Mapping[str, Any]) -> Groups | None:
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, from one file or from those that an index names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+    files = read_index(folder)
+    if not files:
         return read_tensors(folder / "model.safetensors")
     tensors: dict[str, Tensor] = {}
-    files = read_json(index).get("weight_map", {})
-    for name in sorted(set(files.values())):
-        tensors |= read_tensors(folder / name)
+    for file in sorted(set(files.values())):
+        tensors |= {name: t for name, t in read_tensors(folder / file).items() if files.get(name, file) == file}
     if missing := [name for name in files if name not in tensors]:
-        raise CheckpointError(
-            f"{index.name} names {missing[0]}, which {files[missing[0]]} does not hold: copy it again."
-        )
+        raise CheckpointError(f"{INDEX} names {missing[0]}, which {files[missing[0]]} does not hold: copy it again.")
     return tensors
 
 

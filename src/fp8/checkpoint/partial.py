@@ -146,7 +146,7 @@ class Partial:
             write_json(
                 self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
             )
-        for relative in source.beside():
+        for relative in source.beside(self.folder):
             target = self.folder / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((source.folder / relative).read_bytes())
@@ -183,18 +183,17 @@ class Place:
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
+    """What a manifest says; None where there is none of ours: what lies beside another's file is not ours to remove."""
     try:
         plain = read_json(path)
     except CheckpointError:
-        return {"facts": None, "done": {}, "notes": {}}
-    return plain if {"facts", "done", "notes"} <= plain.keys() else {"facts": None, "done": {}, "notes": {}}
+        return None
+    return plain if {"facts", "done", "notes"} <= plain.keys() else None
 
 
 @contextmanager
 def making(out: Path, facts: Mapping[str, Any]) -> Iterator[Partial]:
-    """A `Partial`. A source that is wrong leaves nothing; a full disk or Ctrl-C leaves the finished shards."""
+    """A `Partial`. A source that is wrong leaves nothing; a full disk or Ctrl-C leaves scales and finished shards."""
     partial = Partial(Path(out), facts)
     try:
         yield partial
@@ -204,6 +203,6 @@ def making(out: Path, facts: Mapping[str, Any]) -> Iterator[Partial]:
             "make room and run the same command again."
         ) from None
     except Fp8Error:
-        if not partial.resumed and not partial.done:
+        if not (partial.resumed or partial.done or partial.notes):
             partial.discard()
         raise

@@ -279,11 +279,20 @@ def kept_dtype(dtype: torch.dtype, wanted: str) -> torch.dtype:
 
 
 def kept(source: Source, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A tensor that stays in high precision. Raises `CheckpointError` where it is not finite."""
+    """A tensor that stays in high precision. Raises `CheckpointError` where it is not finite, or overflows `dtype`."""
     tensor = source.read(name)
-    if tensor.is_floating_point() and not all(bool(part.isfinite().all()) for part in tensor.flatten().split(SLAB)):
+    if tensor.is_floating_point() and not all_finite(tensor):
         raise CheckpointError(f"{name} is not finite: the source is damaged, or its training run diverged.")
-    return {name: tensor.to(dtype)}
+    stays = tensor.to(dtype)
+    if stays.dtype != tensor.dtype and not all_finite(stays):
+        raise CheckpointError(
+            f"{name} holds numbers beyond {str(dtype)[6:]}: keep it in another type (dtype, --dtype)."
+        )
+    return {name: stays}
+
+
+def all_finite(tensor: Tensor) -> bool:
+    return all(bool(part.isfinite().all()) for part in tensor.flatten().split(SLAB))
 
 
 def kv_tasks(source: Source, scales: Scales) -> Iterator[tuple[str, Task]]:
@@ -304,7 +313,8 @@ def config(source: Source, layers: Layers, options: Options, scales: Scales) -> 
     """The `config.json` of OUT."""
     kv = "attn_head" if scales.keys else None
     quantization = quantization_config({options.layout: layers.fp8}, layers.ignore, kv)
-    own = own_config([options.layout], None) | {"quantized": told(options, scales)}
+    tokenizer = (source.config.get("fp8") or {}).get("tokenizer")
+    own = own_config([options.layout], tokenizer) | {"quantized": told(options, scales)}
     kept_as = str(kept_dtype(source.dtype, options.dtype)).removeprefix("torch.")
     types = {key: kept_as for key in ("dtype", "torch_dtype") if key in source.config} or {"torch_dtype": kept_as}
     return {**source.config, **types, "quantization_config": quantization, "fp8": own}

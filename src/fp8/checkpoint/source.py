@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .tensorfile import TYPES, read_json
+from .tensorfile import INDEX, TYPES, read_index, read_json
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
 # What is copied beside the weights: tokenizer, generation settings, chat template, pooling, remote code, licence.
@@ -88,11 +87,12 @@ class Source:
         with opened(self.folder / self.entries[name].file) as file:
             return file.get_tensor(name)
 
-    def beside(self) -> Iterator[Path]:
-        """The files that are not weights and go along, relative to the folder."""
+    def beside(self, without: Path) -> Iterator[Path]:
+        """The files that are not weights and go along, relative to the folder; none of the folder `without`, which may
+        lie within."""
         for path in sorted(self.folder.rglob("*")):
             relative = path.relative_to(self.folder)
-            hidden = any(part.startswith(".") for part in relative.parts)
+            hidden = any(part.startswith(".") for part in relative.parts) or path.absolute().is_relative_to(without)
             if path.is_file() and path.suffix in BESIDE and not hidden and str(relative) not in ("config.json", INDEX):
                 yield relative
 
@@ -106,12 +106,12 @@ class Source:
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, Entry]]:
-    index = folder / INDEX
-    named: dict[str, str] = read_json(index).get("weight_map", {}) if index.is_file() else {}
+    named = read_index(folder)
     files = sorted(set(named.values())) if named else [SINGLE]
     if not named and not (folder / SINGLE).is_file():
         raise CheckpointError(_no_weights(folder))
-    held = {name: entry for file in files for name, entry in headers(folder / file)}
+    pairs = (pair for file in files for pair in headers(folder / file))
+    held = {name: entry for name, entry in pairs if named.get(name, entry.file) == entry.file}
     if missing := [name for name in named if name not in held]:
         raise CheckpointError(f"{INDEX} names {missing[0]}, which {named[missing[0]]} does not hold: copy it again.")
     yield from held.items()

@@ -32,6 +32,7 @@ TYPES = {
     torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
 }  # fmt: skip
 
+INDEX = "model.safetensors.index.json"
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -93,6 +94,23 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(plain, dict):
         raise CheckpointError(f"{path} holds a {type(plain).__name__}, not an object of settings.")
     return plain
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Which file holds each tensor, as the index says; empty where there is none.
+
+    Raises `CheckpointError` for an index that names anything but files beside it: a checkpoint from elsewhere reads
+    nothing else of this machine.
+    """
+    if not (folder / INDEX).is_file():
+        return {}
+    named = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise CheckpointError(f"{folder / INDEX} has no weight_map of tensors and files: copy it again.")
+    for name, file in named.items():
+        if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
+            raise CheckpointError(f"{INDEX} says that {name} is in {file!r}, which is no file beside it.")
+    return named
 
 
 def write_json(path: Path, plain: Mapping[str, Any]) -> None:

@@ -51,15 +51,16 @@ def command(
     batch: Annotated[int, typer.Option(help="Windows, or items, at a time.")] = 1,
     dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16; auto: fp32 on a CPU, bf16 on a GPU.")] = "auto",
     engine: Annotated[str, typer.Option(help="fp8 (our decoder), transformers; auto: fp8 where it can.")] = "auto",
-    tokenizer: Annotated[str | None, typer.Option(help="'bytes' or a tokenizer.json; else the model's.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="'bytes', a tokenizer.json or its folder; else the model's.")
+    ] = None,
     tolerance: Annotated[float, typer.Option(help="Points (or percent of perplexity) that may be lost.")] = LIMIT,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write figures and every item's outcome.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for partial results.")] = Path("runs/eval"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew what is in --out.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Judge models: perplexity and tasks, side by side on the same items, with the difference, its paired 95 %
-    interval, and a verdict against half a point.
+    """Judge models side by side on texts and tasks: what each loses, with its paired interval, and a verdict.
 
     Works offline on files that you have. After Ctrl-C the same command goes on where it stopped.
 
@@ -85,6 +86,8 @@ def command(
     specs += variants(specs[0], schemes, kv_cache)
     if (limit is not None and limit < 1) or batch < 1:
         raise ConfigError(f"limit and batch must be at least 1, not {limit} and {batch}.")
+    if json_out is not None and json_out.is_dir():  # before hours of work
+        raise ConfigError(f"{json_out} is a folder: --json names the file to write.")
     stride = max(window // 2, 1) if stride is None else stride
     asked = [load_task(name, data, shots=shots, limit=limit) for name in words(tasks)]
     texts = [text_path(str(path)) for path in text or ()]

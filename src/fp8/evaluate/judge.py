@@ -80,7 +80,7 @@ class Judgement:
 
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".partial")
+        aside = path.with_name(path.name + ".writing")
         aside.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         aside.replace(path)
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from .answering import Request, likelihoods, until
+from .answering import Request, last, likelihoods, until
 from .measurement import surrounding
 from .measures import ACCURACY
 from .subject import Causal, ModelSpec
@@ -75,7 +75,7 @@ def end_token(model: Causal) -> int:
 def scored(model: Causal, requests: Sequence[Any], batch: int) -> list[tuple[float, bool]]:
     """Likelihoods of tokenized requests: (strings, context, continuation), as lm-eval hands them over."""
     room = model.max_positions + 1
-    asked = [Request(tuple(c[-(room - len(e)) :]), tuple(e)) for _, c, e in requests]
+    asked = [Request(last((), tuple(c), room - len(e)), tuple(e)) for _, c, e in requests]
     return [(found.total, found.greedy) for found in likelihoods(model, asked, batch)]
 
 

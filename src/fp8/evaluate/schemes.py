@@ -63,7 +63,7 @@ def recipe_of(scheme: str) -> Recipe:
     if scheme.endswith(".json") and Path(scheme).is_file():
         return Recipe.from_json(Path(scheme).read_text(encoding="utf-8"))
     hint = " Static scales need calibration: judge the exported checkpoint instead." if scheme == "static" else ""
-    raise ConfigError(f"there is no scheme {scheme!r}.{hint} {suggest(scheme, [*SCHEMES, *PRESETS])}, or a .json.")
+    raise ConfigError(f"there is no scheme {scheme!r}.{hint} {suggest(scheme, [*SCHEMES, *PRESETS, 'FILE.json'])}")
 
 
 def served(recipe: Recipe) -> Recipe:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..attention import CACHE_DTYPES
 from ..checkpoint import end_of_text, load, tokenizer_name
+from ..checkpoint.fp8_folder import Fp8Folder
 from ..checkpoint.tensorfile import read_json
 from ..errors import CheckpointError, ConfigError, Fp8Error, suggest
 from ..models import Decoder, stream
@@ -105,11 +106,8 @@ def short(folder: Path) -> str:
 
 def engine_for(folder: Path) -> str:
     """The engine that runs a folder: ours where it can."""
-    plain = read_json(folder / "config.json")
-    if (plain.get("quantization_config") or {}).get("quant_method", "compressed-tensors") != "compressed-tensors":
-        return "transformers"
     try:
-        from_config(plain)
+        from_config(read_json(folder / "config.json"))
     except Fp8Error:
         return "transformers"
     return "fp8" if any(folder.glob("model*.safetensors")) else "transformers"
@@ -142,7 +140,7 @@ class OwnDecoder:
         if frozen and spec.scheme != "none":
             raise ConfigError(f"{spec.folder} is quantized already: scheme {spec.scheme!r} is for a plain model.")
         self.model: Decoder = model.to(DTYPES[spec.dtype])
-        self.about = f"{frozen} layers of codes as stored" if frozen else apply_scheme(model, spec.scheme)
+        self.about = as_stored(Fp8Folder.open(spec.folder), frozen) if frozen else apply_scheme(model, spec.scheme)
         self.words = tokenizer_for(spec)
         self.vocab_size, self.max_positions = model.config.vocab_size, model.config.max_positions
         self.ends = end_of_text(spec.folder) or tuple(filter(None, [self.words.end_of_text]))
@@ -160,6 +158,12 @@ class OwnDecoder:
         cache = self.kv_cache or self.plain_cache
         given = stream(self.model, tokens, most, end_of_text=self.ends, kv_cache_dtype=cache)
         return (token for token in given if token not in self.ends)
+
+
+def as_stored(folder: Fp8Folder, layers: int) -> str:
+    """What is judged of an FP8 checkpoint, in one line, and what is not."""
+    unread = f"; its {len(folder.kv)} scales of the KV cache are not used" if folder.kv else ""
+    return f"{layers} layers of codes as stored{unread}"
 
 
 def open_causal(spec: ModelSpec) -> Causal:

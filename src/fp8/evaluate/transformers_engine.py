@@ -1,6 +1,9 @@
 """Models that Hugging Face's transformers runs: any AutoModelForCausalLM, and encoders (AutoModel). Imported only when
 such a model is opened.
 
+An FP8 checkpoint runs as a server runs it, codes times codes (`checkpoint/frozen.py`): transformers itself would decode
+its weights and leave activations alone, and so judge another model. The experts of a mixture are decoded all the same.
+
 An FP8 cache is `quantize` and back on what enters the cache: each key (after the rotary embedding) and value is rounded
 to BF16, then to codes with one scale a token and head, as in `attention/cache.py`.
 """
@@ -15,10 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import CACHE_DTYPES
+from ..checkpoint import frozen_model
+from ..checkpoint.fp8_folder import Fp8Folder
+from ..checkpoint.tensorfile import read_json
 from ..errors import CheckpointError, ConfigError
+from ..nn.frozen_linear import FrozenLinear
 from ..quantize import quantize
 from .schemes import apply_scheme
-from .subject import DTYPES, ModelSpec, tokenizer_for
+from .subject import DTYPES, ModelSpec, as_stored, tokenizer_for
 
 LONGEST = 1 << 20  # where a model names no limit
 
@@ -38,14 +45,23 @@ def transformers() -> Any:
 def read(kind: Any, spec: ModelSpec, **how: Any) -> Any:
     """A model or tokenizer from its folder, never from the network."""
     try:
-        return kind.from_pretrained(spec.folder, local_files_only=True, **how)
+        return kind.from_pretrained(spec.folder, local_files_only=True, trust_remote_code=False, **how)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"transformers cannot load {spec.folder}: {error}") from None
 
 
-def pretrained(kind: Any, spec: ModelSpec) -> Any:
-    """A model for inference."""
-    return read(kind, spec, dtype=DTYPES[spec.dtype]).eval().requires_grad_(False).to(spec.device)
+def pretrained(kind: Any, spec: ModelSpec) -> tuple[Any, str]:
+    """A model for inference, and in one line what it is."""
+    if not read_json(spec.folder / "config.json").get("quantization_config"):
+        model = read(kind, spec, dtype=DTYPES[spec.dtype]).eval().requires_grad_(False).to(spec.device)
+        return model, apply_scheme(model, spec.scheme)
+    if spec.scheme != "none":
+        raise ConfigError(f"{spec.folder} is quantized already: scheme {spec.scheme!r} is for a plain model.")
+    folder = Fp8Folder.open(spec.folder)
+    model = frozen_model(folder, DTYPES[spec.dtype]).to(spec.device)
+    codes = sum(isinstance(module, FrozenLinear) for module in model.modules())
+    decoded = len(folder.layers) - codes  # experts, which transformers keeps as one tensor
+    return model, as_stored(folder, codes) + (f"; {decoded} decoded" if decoded else "")
 
 
 class TransformersModel:
@@ -53,8 +69,7 @@ class TransformersModel:
 
     def __init__(self, spec: ModelSpec) -> None:
         self.words = tokenizer_for(spec)
-        self.model = pretrained(transformers().AutoModelForCausalLM, spec)
-        self.about = apply_scheme(self.model, spec.scheme)
+        self.model, self.about = pretrained(transformers().AutoModelForCausalLM, spec)
         config = self.model.config
         self.vocab_size = config.vocab_size
         self.max_positions = getattr(config, "max_position_embeddings", None) or LONGEST
@@ -111,8 +126,8 @@ class Encoder:
         if spec.kv_cache is not None:
             raise ConfigError("an encoder has no KV cache: leave out --kv-cache.")
         self.words = read(package.AutoTokenizer, spec)
-        self.model = pretrained(package.AutoModel, spec)
-        self.about = apply_scheme(self.model, spec.scheme)
+        whole, self.about = pretrained(package.AutoModel, spec)
+        self.model = whole.base_model  # a checkpoint with codes has its head too
         self.device = torch.device(spec.device)
         limit = getattr(self.model.config, "max_position_embeddings", None) or LONGEST
         self.longest = min(self.words.model_max_length, limit)

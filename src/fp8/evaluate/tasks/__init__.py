@@ -39,7 +39,7 @@ def load(name: str, data: Path | None, shots: int) -> Task:
     if name.endswith(".jsonl"):
         return jsonl.own(Path(name).expanduser())
     if name not in TASKS:
-        raise ConfigError(f"there is no task {name!r}. {suggest(name, TASKS)}, or a .jsonl file of your own.")
+        raise ConfigError(f"there is no task {name!r}. {suggest(name, (*TASKS, 'FILE.jsonl'))}")
     if data is None:
         raise ConfigError(f"task {name} reads {FILES[name][0]}: name the folder that holds it by --data.")
     if name == "lambada":

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ...train.tokens import decode
 from .record import Answer, Choice, Ending, Task
 
 Line = dict[str, Any]
@@ -39,8 +40,8 @@ def lines(path: Path, needed: set[str]) -> list[Line]:
     """The objects of a file. Raises `DataError`, naming the line, for one that is no object or lacks a key."""
     if not path.is_file():
         raise DataError(f"there is no file {path}.")
-    found = []
-    for i, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    found: list[Line] = []
+    for i, text in enumerate(decode(path.read_bytes(), path).split("\n"), 1):  # no other end: strings may hold U+2028
         if not text.strip():
             continue
         try:
@@ -98,6 +99,7 @@ def number(text: str) -> str:
 def own(path: Path) -> Task:
     """A user's own task."""
     plain = lines(path, {"prompt", "answer"})
+    check(path, plain)
     with_choices = ["choices" in line for line in plain]
     if all(with_choices):
         items = [choice(path, i, line) for i, line in enumerate(plain)]
@@ -106,6 +108,20 @@ def own(path: Path) -> Task:
         raise DataError(f"{path}: either every line has 'choices' or none has; line {with_choices.index(False) + 1} "
                         "differs. Make two files of it.")  # fmt: skip
     return Task(path.stem, [answer(i, line) for i, line in enumerate(plain)])
+
+
+def check(path: Path, plain: list[Line]) -> None:
+    """Raise `DataError` for values of another kind, and for an id that two items have: models are paired by it."""
+    first: dict[str, int] = {}
+    for i, line in enumerate(plain):
+        if not isinstance(line["prompt"], str):
+            raise DataError(f"{path}, item {i}: 'prompt' is a text, not {line['prompt']!r}.")
+        for key in ("choices", "stop"):
+            value = line.get(key, [])
+            if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
+                raise DataError(f"{path}, item {i}: {key!r} is a list of texts, not {value!r}.")
+        if (taken := first.setdefault(str(line.get("id", i)), i)) != i:
+            raise DataError(f"{path}, item {i} has the id of item {taken}: give each its own.")
 
 
 def choice(path: Path, i: int, line: Line) -> Choice:

@@ -6,7 +6,7 @@
     Pair        two sentences                                   their cosine, held against a score by people
 
 A continuation's log-likelihood is the sum over its tokens, given the context before it, of log p; both are tokenized
-together, so that no token is cut at the seam that the model would not see in running text (`likelihood.py`).
+together, so that no token is cut at the seam that the model would not see in running text (`answering.py`).
 """
 
 from __future__ import annotations
