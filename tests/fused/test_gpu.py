@@ -141,6 +141,23 @@ def test_codes_of_an_activation_are_those_of_what_it_stores(
     assert differing(quantized(h.cpu(), into.with_scale(scale), down=False), turned, ("codes_t", "scale_t")) == {}
 
 
+@pytest.mark.parametrize(("tile", "other"), [("tensor", "row"), ("row", "tensor"), ("1x128", "tensor"), ("row", "1x128")])
+def test_the_products_around_an_activation_may_have_other_tiles(tile: str, other: str) -> None:
+    """As with an override of `*.mlp.down`."""
+    x, dh = hard((256, 512)).cuda(), hard((256, 256), 1).cuda()
+    into, h_into = (target("e4m3", name, True, None, "cuda") for name in (tile, other))
+    h = activation(x, "silu", True, h_into)
+    assert isinstance(h, Codes)
+    used = again(h_into, h.scale)
+    grad, turned = activation_backward(dh, x, "silu", True, into, used, h.keys_t)
+    same, _ = activation_backward(dh, x, "silu", True, into, again(into, torch.ones(1, 1, device="cuda")))
+    values = activation(x, "silu", True, None).cpu()  # type: ignore[union-attr]
+    assert differing(same, grad) == {}  # type: ignore[arg-type]
+    scale = None if used.scale is None else used.scale.cpu()
+    want = quantized(values, h_into.with_scale(scale), down=False)
+    assert differing(want, turned, ("codes_t", "scale_t")) == {}  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("format", ["e4m3", "e5m2"])
 @pytest.mark.parametrize("shape", [(256, 384), (48, 176), (16, 16)])
 def test_across_equals_the_reference_in_bytes(format: str, shape: tuple[int, int]) -> None:

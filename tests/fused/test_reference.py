@@ -20,6 +20,7 @@ from fp8.fused import (
     rope,
     rope_backward,
 )
+from fp8.fused.both import Room, one_pass
 from fp8.quantize import quantize_both
 from fp8.tile import Tile
 from fused_cases import TARGETS, differing, hard, target
@@ -127,3 +128,16 @@ def test_without_rotary_positions_a_joined_product_is_copied_as_it_is() -> None:
     y = rope(qkv, 4, heads)
     assert torch.equal(y, qkv)
     assert y.data_ptr() != qkv.data_ptr()
+
+
+def test_one_launch_fills_two_rooms_only_where_their_scales_come_from_the_same_place() -> None:
+    """A kernel is compiled for one: codes of another tile are made by a second launch."""
+    x, scale, keys = torch.empty(128, 128), torch.ones(1, 1), torch.zeros(128, dtype=torch.int32)
+    rooms = {name: Room(x, 128, 128, target("e4m3", name, True, None)) for name in ("tensor", "row", "1x128")}
+    later = {
+        "tensor": Room(x, 128, 128, target("e4m3", "tensor", True, None).with_scale(scale), down=False, known=True),
+        "row": Room(x, 128, 128, target("e4m3", "row", True, None), down=False, known=True, keys_t=keys),
+        "1x128": Room(x, 128, 128, target("e4m3", "1x128", True, None), down=False, known=True),
+    }
+    assert {(a, b) for a in rooms for b in later if one_pass(rooms[a], later[b])} == {(name, name) for name in rooms}
+    assert not one_pass(rooms["row"], Room(x, 128, 128, target("e4m3", "row", True, None), down=False))

@@ -163,7 +163,8 @@ def both(
     room: Room, source: Source, rows: int, width: int, again: Room | None = None, *, measured: bool = False,
     **constants: int,
 ) -> Room:  # fmt: skip
-    """Fill `room` (and `again`, with the values of the forward) from a source; `room` is returned.
+    """Fill `room` (and `again`, with the values of the forward, if `one_pass` allows it) from a source; `room` is
+    returned.
 
     measured   the amax is there already
     """
@@ -184,6 +185,13 @@ def both(
         programs = -(-rows // height) * across
         nvrtc.launch("fused/both.cu", "both", made, room.device, programs, 4 * height, *arguments)
     return room
+
+
+def one_pass(room: Room, again: Room) -> bool:
+    """Whether one launch can fill both: the kernel is compiled for one kind of scale, and `again` is not measured."""
+    if again.mode == "known":
+        return room.mode in ("given", "known", "measured")
+    return room.mode == again.mode and not again.two_passes
 
 
 def blocks(mode: str) -> int:

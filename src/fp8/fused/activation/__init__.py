@@ -32,8 +32,10 @@ def activation_backward(
 ) -> tuple[Tensor | Codes, Codes | None]:  # fmt: skip
     """`(gradient of x, transposed codes of h or None)`: the gradient as values, or in both orientations of codes.
 
-    again    how the forward quantized h: its target, with the scale that it used; `keys_t` what it left
+    again    how the forward quantized h: its target, with the scale that it used; `keys_t` what it left. It comes with
+             a target, and only with one
     """
+    assert (target is None) == (again is None)
     if torch.compiler.is_compiling():
         if target is None or again is None:
             return torch.ops.fp8.activation_backward_plain(dh, x, function, gated), None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..both import Room, activation_source, both
+from ..both import Room, activation_source, both, one_pass
 from ..target import Codes, Target
 
 FUNCTIONS = {"silu": 0, "gelu": 1, "relu": 2}
@@ -31,10 +31,16 @@ def activation_backward(
     """`reference.activation_backward` of CUDA matrices."""
     dh, x = dh.contiguous(), x.contiguous()
     (rows, cols), width = x.shape, x.shape[1] // (2 if gated else 1)
-    room = Room(x, rows, cols, target)
-    other = None if again is None else Room(x, rows, width, again, down=False, known=True, keys_t=keys_t)
-    source = activation_source(dh, x, width)
-    both(room, source, rows, width, other, FUNCTION=FUNCTIONS[function], GATED=int(gated))
-    made = None if other is None else other.result
-    assert made is None or isinstance(made, Codes)
+    compiled = {"FUNCTION": FUNCTIONS[function], "GATED": int(gated)}
+    room, source = Room(x, rows, cols, target), activation_source(dh, x, width)
+    if again is None:
+        return both(room, source, rows, width, **compiled).result, None
+    other = Room(x, rows, width, again, down=False, known=True, keys_t=keys_t)
+    if one_pass(room, other):
+        both(room, source, rows, width, other, **compiled)
+    else:  # the products around the activation have other tiles
+        both(room, source, rows, width, **compiled)
+        both(other, activation_source(None, x, width), rows, width, **compiled)
+    made = other.result
+    assert isinstance(made, Codes)
     return room.result, made
