@@ -21,6 +21,7 @@ from fp8.fused import (
     rope_backward,
 )
 from fp8.fused.both import Room, one_pass
+from fp8.fused.rope import reference as ropes
 from fp8.quantize import quantize_both
 from fp8.tile import Tile
 from fused_cases import TARGETS, differing, hard, target
@@ -94,6 +95,18 @@ def test_tables_are_the_same_wherever_a_sequence_starts_and_are_made_once() -> N
     late = part.tables(24, torch.device("cpu"))
     assert torch.equal(whole[0][8:], late[0])
     assert late[0].data_ptr() == part.tables(24, torch.device("cpu"))[0].data_ptr()
+
+
+def test_tables_are_the_same_whatever_mode_and_default_device_first_asked_for_them() -> None:
+    """An evaluation in inference mode may come before training; `torch.set_default_device` is the user's."""
+    ropes.tables.cache_clear()
+    x, heads = torch.randn(4, 48, requires_grad=True), Heads(1, 1, 16, 1e4)
+    with torch.inference_mode(), torch.device("meta"):
+        first = heads.tables(4, torch.device("cpu"))
+    assert not any(t.is_meta or t.is_inference() for t in first)
+    rope(x, 4, heads).sum().backward()
+    ropes.tables.cache_clear()
+    assert all(map(torch.equal, first, heads.tables(4, torch.device("cpu"))))
 
 
 @pytest.mark.parametrize("which", TARGETS)
