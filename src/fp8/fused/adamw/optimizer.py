@@ -83,16 +83,17 @@ class AdamW(torch.optim.Optimizer):
         groups = decaying(params, weight_decay) if isinstance(params, nn.Module) else params
         same = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "moments": moments,
                 "rounding": rounding, "seed": seed}  # fmt: skip
+        self.before_update: list[BeforeUpdate] = []
         self._forget()
         super().__init__(groups, same)
 
     def _forget(self) -> None:
-        self.before_update: list[BeforeUpdate] = []
         self.followed: dict[Tensor, After] = {}
         self._keys: dict[Tensor, Tensor] = {}
         self._prepared: dict[Any, Any] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.setdefault("before_update", [])  # loading a state keeps what is attached; a copy has nothing
         self._forget()
         super().__setstate__(state)
         for group in self.param_groups:  # of torch's own AdamW
