@@ -160,6 +160,8 @@ def test_a_block_says_why_it_runs_module_by_module() -> None:
     assert "multiples of 16" in str(block("tensorwise").why_not_fused(x[:0]))
     wide = fp8.TransformerLayer(256, 384, 1, norm="rmsnorm", bias=False, recipe="tensorwise").bfloat16()
     assert "16 to 128" in str(wide.why_not_fused(x))
+    narrow = fp8.TransformerLayer(256, 344, 2, norm="rmsnorm", activation="swiglu", bias=False).bfloat16()
+    assert "MLP of 344" in str(narrow.why_not_fused(x))
     odd = block("tensorwise")
     odd.mlp_norm.half()
     assert "norm is neither" in str(odd.why_not_fused(x))

@@ -51,6 +51,11 @@ class Out(ctypes.Structure):
     )
 
 
+def readable(t: Tensor) -> Tensor:
+    """Contiguous, and 16 bytes readable at once: a view into a flat buffer may begin anywhere."""
+    return t if t.is_contiguous() and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
+
+
 def _source(producer: str, keep: tuple[Tensor | None, ...], **fields: Any) -> Source:
     source = Source(**fields)
     source.producer, source.constants, source.keep = producer, {}, keep
@@ -60,11 +65,11 @@ def _source(producer: str, keep: tuple[Tensor | None, ...], **fields: Any) -> So
 
 
 def plain_source(x: Tensor) -> Source:
-    return _source("plain", (x,), width=x.shape[1])
+    return _source("plain", (readable(x),), width=x.shape[1])
 
 
 def norm_source(h: Tensor, rstd: Tensor, weight: Tensor) -> Source:
-    source = _source("norm", (h, rstd, weight), width=h.shape[1])
+    source = _source("norm", (readable(h), readable(rstd), readable(weight)), width=h.shape[1])
     source.constants = {"H32": int(h.dtype == torch.float32), "W32": int(weight.dtype == torch.float32)}
     return source
 
@@ -84,7 +89,9 @@ def rope_source(
 
 
 def activation_source(dh: Tensor | None, x: Tensor, width: int) -> Source:
-    return _source("act", (x,), width=width) if dh is None else _source("act_backward", (dh, x), width=width)
+    if dh is None:
+        return _source("act", (readable(x),), width=width)
+    return _source("act_backward", (readable(dh), readable(x)), width=width)
 
 
 class Room:

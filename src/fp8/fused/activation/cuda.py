@@ -17,7 +17,6 @@ FUNCTIONS = {"silu": 0, "gelu": 1, "relu": 2}
 
 def activation(x: Tensor, function: str, gated: bool, target: Target | None) -> Tensor | Codes:
     """`reference.activation` of a CUDA matrix."""
-    x = x.contiguous()
     rows, width = x.shape[0], x.shape[1] // (2 if gated else 1)
     room = Room(x, rows, width, target, across=False)
     source = activation_source(None, x, width)
@@ -29,7 +28,6 @@ def activation_backward(
     keys_t: Tensor | None = None,
 ) -> tuple[Tensor | Codes, Codes | None]:  # fmt: skip
     """`reference.activation_backward` of CUDA matrices."""
-    dh, x = dh.contiguous(), x.contiguous()
     (rows, cols), width = x.shape, x.shape[1] // (2 if gated else 1)
     compiled = {"FUNCTION": FUNCTIONS[function], "GATED": int(gated)}
     room, source = Room(x, rows, cols, target), activation_source(dh, x, width)
