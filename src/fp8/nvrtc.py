@@ -75,7 +75,7 @@ def build(source: str, constants: Mapping[str, int], capability: str = "90") -> 
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept; deleting it costs a few seconds. Raises RuntimeError for a user without a home."""
+    """Where compiled kernels are kept; deleting it costs a few seconds. RuntimeError: the user has no home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fp8" / "kernels"
 
 

@@ -141,7 +141,9 @@ def test_codes_of_an_activation_are_those_of_what_it_stores(
     assert differing(quantized(h.cpu(), into.with_scale(scale), down=False), turned, ("codes_t", "scale_t")) == {}
 
 
-@pytest.mark.parametrize(("tile", "other"), [("tensor", "row"), ("row", "tensor"), ("1x128", "tensor"), ("row", "1x128")])
+@pytest.mark.parametrize(
+    ("tile", "other"), [("tensor", "row"), ("row", "tensor"), ("1x128", "tensor"), ("row", "1x128")]
+)
 def test_the_products_around_an_activation_may_have_other_tiles(tile: str, other: str) -> None:
     """As with an override of `*.mlp.down`."""
     x, dh = hard((256, 512)).cuda(), hard((256, 256), 1).cuda()

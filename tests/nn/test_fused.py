@@ -195,6 +195,15 @@ def test_a_hook_inside_a_block_is_called(path: str) -> None:
     assert called == [path]
 
 
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("shape", [(0, 16, 256), (2, 0, 256)])
+def test_no_tokens_give_no_tokens(recipe: str | None, shape: tuple[int, ...]) -> None:
+    y, grad, *others = results(block(recipe), torch.zeros(shape, dtype=torch.bfloat16))
+    assert y.shape == grad.shape == shape
+    assert not any(other.count_nonzero() for other in others)
+
+
 def hooked(layer: fp8.TransformerLayer) -> fp8.TransformerLayer:
     layer.mlp.up.register_forward_hook(lambda *_: None)
     return layer

@@ -334,8 +334,11 @@ def why_not_shape(
         return "a module inside it has hooks"
     rows, width = as_matrix(x).shape
     if not rows or rows % 16 or width % 16 or width > LONGEST:
-        return f"{rows} tokens of {width} channels: both must be positive multiples of 16, and channels at most {LONGEST}"
-    if (inner := linears[-1].weight.shape[-1]) % 16:
+        return (
+            f"{rows} tokens of {width} channels: both must be positive multiples of 16, and channels at most {LONGEST}"
+        )
+    inner = linears[-1].weight.shape[-1]  # type: ignore[index]
+    if inner % 16:
         return f"an MLP of {inner} channels, which is no multiple of 16"
     if dim & (dim - 1) or not 16 <= dim <= 128:  # `both.cu` turns pairs within 128 columns
         return f"a head has {dim} channels, which is no power of two from 16 to 128"

@@ -168,7 +168,7 @@ class SelfAttention(nn.Module):
         else:
             cache.append(k, v)
             y = cache.attend(q, causal=self.causal)
-        return self.out(y.transpose(1, 2).reshape(batch, tokens, -1))
+        return self.out(y.transpose(1, 2).reshape(x.shape))
 
 
 class MLP(nn.Module):

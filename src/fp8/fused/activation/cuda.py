@@ -7,6 +7,8 @@ are then read twice rather than written and read.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from ..both import Room, activation_source, both, one_pass
@@ -29,16 +31,16 @@ def activation_backward(
 ) -> tuple[Tensor | Codes, Codes | None]:  # fmt: skip
     """`reference.activation_backward` of CUDA matrices."""
     (rows, cols), width = x.shape, x.shape[1] // (2 if gated else 1)
-    compiled = {"FUNCTION": FUNCTIONS[function], "GATED": int(gated)}
+    fill = partial(both, FUNCTION=FUNCTIONS[function], GATED=int(gated))
     room, source = Room(x, rows, cols, target), activation_source(dh, x, width)
     if again is None:
-        return both(room, source, rows, width, **compiled).result, None
+        return fill(room, source, rows, width).result, None
     other = Room(x, rows, width, again, down=False, known=True, keys_t=keys_t)
     if one_pass(room, other):
-        both(room, source, rows, width, other, **compiled)
+        fill(room, source, rows, width, other)
     else:  # the products around the activation have other tiles
-        both(room, source, rows, width, **compiled)
-        both(other, activation_source(None, x, width), rows, width, **compiled)
+        fill(room, source, rows, width)
+        fill(other, activation_source(None, x, width), rows, width)
     made = other.result
     assert isinstance(made, Codes)
     return room.result, made
