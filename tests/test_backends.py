@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -61,3 +62,17 @@ def test_a_hopper_gpu_is_not_spoken_of(monkeypatch: pytest.MonkeyPatch, recwarn:
     monkeypatch.setattr(backends, "capability", lambda index: (9, 0))
     assert choose("quantize", (REFERENCE,), SimpleNamespace(device=torch.device("cuda", 0))).name == "reference"
     assert not recwarn.list
+
+
+def test_kernels_start_on_the_gpu_that_holds_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton starts them on the current one."""
+    entered: list[torch.device] = []
+    monkeypatch.setattr(backends, "why_not_hopper", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
+    monkeypatch.setattr(backends, "function", lambda module, name: lambda: name)
+    for index in (0, 1):
+        request = SimpleNamespace(device=torch.device("cuda", index))
+        assert choose("quantize", (REFERENCE,), request).run() == "quantize"
+    assert entered == [torch.device("cuda", 1)]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from fp8 import nvrtc
 from fp8.errors import BackendError
+from fp8.formats import format_of
+from fp8.fused import Target, across
+from fp8.tile import Tile
 
 SOURCE = "fused/both.cu"
 CONSTANTS = {
@@ -40,6 +45,39 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(built: list[str],
     (tmp_path / "fp8").write_text("a file where the folder would be")
     assert nvrtc.cached(SOURCE, CONSTANTS, "90") == b"cubin 1"
     assert nvrtc.cached(SOURCE, CONSTANTS, "90") == b"cubin 2"
+
+
+def test_a_user_without_a_home_compiles_in_every_process(built: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert nvrtc.cached(SOURCE, CONSTANTS, "90") == b"cubin 1"
+
+
+def test_nothing_is_loaded_from_the_folder_one_happens_to_be_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "libnvrtc-builtins.so.13").write_text("whoever put this here")
+    loaded: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(nvrtc, "libraries", lambda: ["libnvrtc.so.13"])
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", loaded.append)
+    nvrtc.library.__wrapped__()
+    assert loaded == ["libnvrtc.so.13"]
+
+
+@pytest.mark.gpu
+def test_a_thread_that_has_called_nothing_yet_can_start_a_kernel() -> None:
+    x, into = torch.randn(64, 128, device="cuda").bfloat16(), Target(format_of("e4m3"), Tile.of("tensor"))
+    into = into.with_scale(torch.ones(1, 1, device="cuda"))
+    want = across(x, into).codes_t
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit(across, x, into).result().codes_t
+    assert want is not None
+    assert got is not None
+    assert torch.equal(want.view(torch.uint8), got.view(torch.uint8))
 
 
 def test_without_nvrtc_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

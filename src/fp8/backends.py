@@ -70,7 +70,7 @@ def choose(operation: str, backends: tuple[Backend, ...], request: Any, forced: 
         reason = backend.why_not(request)
         if reason is None:
             _tell_of_another_gpu(operation, backend, request.device)
-            return Choice(backend.name, function(backend.module, operation), tuple(refused))
+            return Choice(backend.name, _on(request.device, function(backend.module, operation)), tuple(refused))
         refused.append((backend.name, reason))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
     raise BackendError(f"no backend can run {operation}. {reasons}")
@@ -80,6 +80,18 @@ def _tell_of_another_gpu(operation: str, backend: Backend, device: torch.device)
     """Warn, once a place by default, that a GPU other than Hopper runs the definitions: right, and slow."""
     if device.type == "cuda" and backend.name == "reference" and (reason := why_not_hopper(device)) is not None:
         warnings.warn(f"{operation} runs the reference implementation: {reason}.", stacklevel=4)
+
+
+def _on(device: torch.device, run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` where the tensors are: kernels start on the current GPU, which in a process with several is another one."""
+    if device.type != "cuda" or torch.cuda.device_count() < 2 or device.index in (None, torch.cuda.current_device()):
+        return run
+
+    def there(*arguments: Any, **options: Any) -> Any:
+        with torch.cuda.device(device):
+            return run(*arguments, **options)
+
+    return there
 
 
 @cache

@@ -41,8 +41,9 @@ def library() -> ctypes.CDLL | None:
     """NVRTC, or None where it is not installed."""
     for name in libraries():
         try:
-            for builtins in Path(name).parent.glob("libnvrtc-builtins.so.[0-9]*"):
-                ctypes.CDLL(str(builtins))  # which NVRTC would look for in the system's folders only
+            beside = Path(name).parent.glob("libnvrtc-builtins.so.[0-9]*") if os.path.isabs(name) else ()
+            for builtins in beside:  # NVRTC would look for them in the system's folders only
+                ctypes.CDLL(str(builtins))
             return ctypes.CDLL(name)
         except OSError:
             continue
@@ -74,24 +75,25 @@ def build(source: str, constants: Mapping[str, int], capability: str = "90") -> 
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept; deleting it costs a few seconds."""
+    """Where compiled kernels are kept; deleting it costs a few seconds. RuntimeError: the user has no home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fp8" / "kernels"
 
 
 def cached(source: str, constants: Mapping[str, int], capability: str) -> bytes:
     """`build`, or what an earlier process built of the same source, constants and compiler."""
     parts = [(PACKAGE / source).read_bytes(), repr(sorted(constants.items())).encode(), capability.encode()]
-    path = cache_folder() / f"{hashlib.sha256(b'|'.join([*parts, version().encode()])).hexdigest()}.cubin"
+    name = f"{hashlib.sha256(b'|'.join([*parts, version().encode()])).hexdigest()}.cubin"
     try:
-        return path.read_bytes()
-    except OSError:
+        return (cache_folder() / name).read_bytes()
+    except (OSError, RuntimeError):  # it is not there, or the user has no home
         binary = build(source, constants, capability)
-    with contextlib.suppress(OSError):  # no room, or nowhere to write: the kernel itself is there
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent) as aside:
+    with contextlib.suppress(OSError, RuntimeError):  # no room, or nowhere to write: the kernel itself is there
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder) as aside:
             aside.write(binary)
             aside.flush()
-            os.link(aside.name, path)
+            os.link(aside.name, folder / name)
     return binary
 
 
@@ -138,13 +140,24 @@ def _done(status: int, what: str) -> None:
         raise BackendError(f"{what}: {(text.value or b'unknown error').decode()}")
 
 
+def _enter_context(device: int) -> None:
+    """See to it that this thread has a context: a thread that has called nothing but the driver yet has none."""
+    context = ctypes.c_void_p()
+    _done(_driver().cuCtxGetCurrent(ctypes.byref(context)), "finding the context")
+    if not context:
+        _done(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "finding the GPU's context")
+        _done(_driver().cuCtxSetCurrent(context), "entering the GPU's context")
+
+
 @functools.cache
 def _loaded(source: str, name: str, constants: Constants, device: int) -> ctypes.c_void_p:
+    if torch.cuda.is_current_stream_capturing():
+        raise BackendError(f"{name} of {source} is first needed while a CUDA graph is captured: run the step before.")
     major, minor = torch.cuda.get_device_capability(device)
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     binary = cached(source, dict(constants), f"{major}{minor}")
     with torch.cuda.device(device):
-        torch.cuda.current_stream().synchronize()  # so that the driver's context is there
+        _enter_context(device)
         _done(_driver().cuModuleLoadData(ctypes.byref(module), binary), f"loading {source}")
         _done(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"finding {name}")
     return function
@@ -159,5 +172,6 @@ def launch(
     pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))  # type: ignore[arg-type]
     stream = ctypes.c_void_p(torch.cuda.current_stream(index).cuda_stream)
     with torch.cuda.device(index):
+        _enter_context(index)
         status = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, pointers, None)
     _done(status, f"starting {name}")

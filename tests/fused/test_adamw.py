@@ -318,6 +318,17 @@ def test_a_weight_is_quantized_once_a_step(
     assert optimizer.before_update == []
 
 
+def test_loading_a_state_keeps_what_is_attached_and_a_copy_has_nothing() -> None:
+    model = converted(model_of(), "delayed")
+    optimizer = fp8.AdamW(model, lr=1e-3)
+    fp8.attach(model, optimizer)
+    train(model, optimizer, 2)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, 1, 2)
+    assert len(optimizer.followed) == 2
+    assert copy.deepcopy(optimizer).before_update == []
+
+
 def test_weights_of_which_the_optimizer_holds_nothing_are_refreshed() -> None:
     """A frozen layer under delayed scaling gets its new scale all the same; its amax is noted."""
     model = model_of(recipe="delayed")

@@ -141,6 +141,25 @@ def test_codes_of_an_activation_are_those_of_what_it_stores(
     assert differing(quantized(h.cpu(), into.with_scale(scale), down=False), turned, ("codes_t", "scale_t")) == {}
 
 
+@pytest.mark.parametrize(
+    ("tile", "other"), [("tensor", "row"), ("row", "tensor"), ("1x128", "tensor"), ("row", "1x128")]
+)
+def test_the_products_around_an_activation_may_have_other_tiles(tile: str, other: str) -> None:
+    """As with an override of `*.mlp.down`."""
+    x, dh = hard((256, 512)).cuda(), hard((256, 256), 1).cuda()
+    into, h_into = (target("e4m3", name, True, None, "cuda") for name in (tile, other))
+    h = activation(x, "silu", True, h_into)
+    assert isinstance(h, Codes)
+    used = again(h_into, h.scale)
+    grad, turned = activation_backward(dh, x, "silu", True, into, used, h.keys_t)
+    same, _ = activation_backward(dh, x, "silu", True, into, again(into, torch.ones(1, 1, device="cuda")))
+    values = activation(x, "silu", True, None).cpu()  # type: ignore[union-attr]
+    assert differing(same, grad) == {}  # type: ignore[arg-type]
+    scale = None if used.scale is None else used.scale.cpu()
+    want = quantized(values, h_into.with_scale(scale), down=False)
+    assert differing(want, turned, ("codes_t", "scale_t")) == {}  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("format", ["e4m3", "e5m2"])
 @pytest.mark.parametrize("shape", [(256, 384), (48, 176), (16, 16)])
 def test_across_equals_the_reference_in_bytes(format: str, shape: tuple[int, int]) -> None:
@@ -160,3 +179,24 @@ def test_captured_kernels_give_the_same_bytes_at_every_replay() -> None:
         graph.replay()
         assert differing(want, got) == {}  # type: ignore[arg-type]
         assert differing(want_h, got_h, ("codes_t",)) == {}  # type: ignore[arg-type]
+
+
+def test_views_that_begin_anywhere_are_read_as_what_they_are() -> None:
+    """Weights and gradients may be views into one flat buffer, or every second column of something."""
+    into, x = target("e4m3", "tensor", True, 0.5, "cuda"), hard((64, 256)).cuda()
+    odd = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    wide = torch.stack([x, x], -1)[..., 0]
+    weight, rstd = torch.randn(256, device="cuda"), torch.rand(64, device="cuda")
+    for view in (odd, wide):
+        assert differing(across(x, into), across(view, into), ("codes_t",)) == {}
+        a, b = (activation(t, "silu", True, into) for t in (x, view))
+        assert differing(a, b) == {}  # type: ignore[arg-type]
+        a, b = (norm_across(t, rstd, weight, BF16, into) for t in (x, view))
+        assert differing(a, b, ("codes_t",)) == {}
+        dx, want = (norm_backward(x, t, rstd, weight, None)[0] for t in (view, x))
+        assert torch.equal(dx.isnan(), want.isnan())
+        assert torch.equal(dx.nan_to_num(), want.nan_to_num())
+    q = torch.randn(1, 1, 64, 64, device="cuda").bfloat16()
+    odd_q = torch.cat([q.new_zeros(1), q.flatten()])[1:].view(q.shape)
+    heads = Heads(1, 1, 64, 1e4)
+    assert torch.equal(rope_backward(q, q, q, heads, None), rope_backward(odd_q, odd_q, odd_q, heads, None))  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fp8.formats import FORMATS
-from fp8.fused.adamw import moments
+from fp8.fused.adamw import moments, reference
 
 
 def kept(x: Tensor, kind: str, name: str, word: Tensor | None) -> Tensor:
@@ -107,3 +107,10 @@ def test_bytes_an_element() -> None:
     for kind in moments.KINDS:
         held = sum(t.numel() * t.itemsize for t in moments.fresh(p, kind).values())
         assert held / p.numel() == pytest.approx(moments.bytes_an_element(kind))
+
+
+def test_tables_and_corrections_lie_on_the_host_whatever_the_default_device_is() -> None:
+    moments.roots.cache_clear()
+    with torch.device("meta"):
+        assert not moments.roots().is_meta
+        assert reference.single(0.1) == pytest.approx(0.1)

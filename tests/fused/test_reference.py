@@ -20,6 +20,8 @@ from fp8.fused import (
     rope,
     rope_backward,
 )
+from fp8.fused.both import Room, one_pass
+from fp8.fused.rope import reference as ropes
 from fp8.quantize import quantize_both
 from fp8.tile import Tile
 from fused_cases import TARGETS, differing, hard, target
@@ -95,6 +97,18 @@ def test_tables_are_the_same_wherever_a_sequence_starts_and_are_made_once() -> N
     assert late[0].data_ptr() == part.tables(24, torch.device("cpu"))[0].data_ptr()
 
 
+def test_tables_are_the_same_whatever_mode_and_default_device_first_asked_for_them() -> None:
+    """An evaluation in inference mode may come before training; `torch.set_default_device` is the user's."""
+    ropes.tables.cache_clear()
+    x, heads = torch.randn(4, 48, requires_grad=True), Heads(1, 1, 16, 1e4)
+    with torch.inference_mode(), torch.device("meta"):
+        first = heads.tables(4, torch.device("cpu"))
+    assert not any(t.is_meta or t.is_inference() for t in first)
+    rope(x, 4, heads).sum().backward()
+    ropes.tables.cache_clear()
+    assert all(map(torch.equal, first, heads.tables(4, torch.device("cpu"))))
+
+
 @pytest.mark.parametrize("which", TARGETS)
 def test_codes_are_those_of_quantizing_the_values(which: tuple) -> None:
     """Law 3 on a CPU: norm, activation and rope against `quantize_both` of what they store."""
@@ -127,3 +141,16 @@ def test_without_rotary_positions_a_joined_product_is_copied_as_it_is() -> None:
     y = rope(qkv, 4, heads)
     assert torch.equal(y, qkv)
     assert y.data_ptr() != qkv.data_ptr()
+
+
+def test_one_launch_fills_two_rooms_only_where_their_scales_come_from_the_same_place() -> None:
+    """A kernel is compiled for one: codes of another tile are made by a second launch."""
+    x, scale, keys = torch.empty(128, 128), torch.ones(1, 1), torch.zeros(128, dtype=torch.int32)
+    rooms = {name: Room(x, 128, 128, target("e4m3", name, True, None)) for name in ("tensor", "row", "1x128")}
+    later = {
+        "tensor": Room(x, 128, 128, target("e4m3", "tensor", True, None).with_scale(scale), down=False, known=True),
+        "row": Room(x, 128, 128, target("e4m3", "row", True, None), down=False, known=True, keys_t=keys),
+        "1x128": Room(x, 128, 128, target("e4m3", "1x128", True, None), down=False, known=True),
+    }
+    assert {(a, b) for a in rooms for b in later if one_pass(rooms[a], later[b])} == {(name, name) for name in rooms}
+    assert not one_pass(rooms["row"], Room(x, 128, 128, target("e4m3", "row", True, None), down=False))

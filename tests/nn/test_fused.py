@@ -157,6 +157,17 @@ def test_a_block_says_why_it_runs_module_by_module() -> None:
     assert "RMS norm" in str(layer.why_not_fused(x))
     assert "hooks" in str(hooked(block("tensorwise")).why_not_fused(x))
     assert "multiples of 16" in str(block("tensorwise").why_not_fused(x[:, :3]))
+    assert "multiples of 16" in str(block("tensorwise").why_not_fused(x[:0]))
+    wide = fp8.TransformerLayer(256, 384, 1, norm="rmsnorm", bias=False, recipe="tensorwise").bfloat16()
+    assert "16 to 128" in str(wide.why_not_fused(x))
+    narrow = fp8.TransformerLayer(256, 344, 2, norm="rmsnorm", activation="swiglu", bias=False).bfloat16()
+    assert "MLP of 344" in str(narrow.why_not_fused(x))
+    odd = block("tensorwise")
+    odd.mlp_norm.half()
+    assert "norm is neither" in str(odd.why_not_fused(x))
+    odd = block(None)
+    odd.mlp.up = nn.Sequential(odd.mlp.up)  # type: ignore[assignment]
+    assert "no weight" in str(odd.why_not_fused(x))
     assert "float32" in str(block("tensorwise").why_not_fused(x.float()))
     half = block("tensorwise")
     half.mlp.down.fp8.set_recipe(None)
@@ -172,6 +183,25 @@ def test_a_block_says_why_it_runs_module_by_module() -> None:
 
 def test_without_a_hopper_gpu_it_says_so() -> None:
     assert "CUDA" in str(block("tensorwise").why_not_fused(inputs()))
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize("path", ["attention", "mlp", "attention.out", "mlp_norm"])
+def test_a_hook_inside_a_block_is_called(path: str) -> None:
+    """Also one on attention or MLP as a whole, which the fused path never calls."""
+    layer, called = block("tensorwise"), []
+    layer.get_submodule(path).register_forward_hook(lambda *_: called.append(path))
+    layer(inputs())
+    assert called == [path]
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("shape", [(0, 16, 256), (2, 0, 256)])
+def test_no_tokens_give_no_tokens(recipe: str | None, shape: tuple[int, ...]) -> None:
+    y, grad, *others = results(block(recipe), torch.zeros(shape, dtype=torch.bfloat16))
+    assert y.shape == grad.shape == shape
+    assert not any(other.count_nonzero() for other in others)
 
 
 def hooked(layer: fp8.TransformerLayer) -> fp8.TransformerLayer:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fp8
 from fp8.errors import ConfigError
+from fp8.nn.graph import Graphed
 from fp8.recipe import Delayed
 
 
@@ -59,6 +60,40 @@ def test_delayed_scales_that_a_step_never_updates_are_refused() -> None:
         fp8.graph(lambda: model(x).sum().backward(), model)
 
 
+class Recorded:
+    """In place of a CUDA graph, where there is no GPU."""
+
+    replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+def test_a_graph_says_that_its_weight_codes_are_no_longer_the_models() -> None:
+    """Loading and moving drop them; a replay would use the old weights' codes, and write to memory that is not its."""
+    model = fp8.Linear(16, 16, recipe="delayed")
+    fp8.refresh(model)
+    replay = Graphed(Recorded(), None, model, lambda: None)  # type: ignore[arg-type]
+    replay()
+    fp8.refresh(model)
+    replay()
+    model.load_state_dict(model.state_dict())
+    fp8.refresh(model)
+    with pytest.raises(ConfigError, match="capture the step again"):
+        replay()
+    assert replay.graph.replays == 2  # type: ignore[attr-defined]
+
+
+def test_a_replay_counts_a_step_of_states_that_an_autocast_made() -> None:
+    model = fp8.Linear(16, 16)
+    with fp8.autocast(recipe="delayed"):
+        model(torch.randn(16, 16)).sum().backward()
+    fp8.update_scales(model)
+    replay = Graphed(Recorded(), None, model, lambda: None)  # type: ignore[arg-type]
+    replay()
+    assert replay.states[0].steps == 2
+
+
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="no CUDA GPU"):
@@ -72,3 +107,5 @@ def test_scales_with_an_interval_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         fp8.graph(lambda: None, model)
     with pytest.raises(ConfigError, match="warm_up"):
         fp8.graph(lambda: None, nn.Linear(2, 2), warm_up=0)
+    with pytest.raises(ConfigError, match="two steps"):
+        fp8.graph(lambda: None, fp8.Linear(16, 16, recipe="delayed"), warm_up=1)

@@ -6,7 +6,7 @@
     124m         768 wide, 12 layers, FP32 weights under autocast: a whole step with clipping and AdamW
     124m-graph   the same with 4 x 1024 tokens, each step one CUDA graph
 
-An arm is a name, "what recipe mode"; building it gives a step without arguments and the number of tokens it takes.
+An arm is a name, "what recipe mode"; building it gives a step without arguments and the model that it trains.
 """
 
 from __future__ import annotations

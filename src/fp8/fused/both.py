@@ -51,6 +51,11 @@ class Out(ctypes.Structure):
     )
 
 
+def readable(t: Tensor) -> Tensor:
+    """Contiguous, and 16 bytes readable at once: a view into a flat buffer may begin anywhere."""
+    return t if t.is_contiguous() and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
+
+
 def _source(producer: str, keep: tuple[Tensor | None, ...], **fields: Any) -> Source:
     source = Source(**fields)
     source.producer, source.constants, source.keep = producer, {}, keep
@@ -60,11 +65,11 @@ def _source(producer: str, keep: tuple[Tensor | None, ...], **fields: Any) -> So
 
 
 def plain_source(x: Tensor) -> Source:
-    return _source("plain", (x,), width=x.shape[1])
+    return _source("plain", (readable(x),), width=x.shape[1])
 
 
 def norm_source(h: Tensor, rstd: Tensor, weight: Tensor) -> Source:
-    source = _source("norm", (h, rstd, weight), width=h.shape[1])
+    source = _source("norm", (readable(h), readable(rstd), readable(weight)), width=h.shape[1])
     source.constants = {"H32": int(h.dtype == torch.float32), "W32": int(weight.dtype == torch.float32)}
     return source
 
@@ -84,7 +89,9 @@ def rope_source(
 
 
 def activation_source(dh: Tensor | None, x: Tensor, width: int) -> Source:
-    return _source("act", (x,), width=width) if dh is None else _source("act_backward", (dh, x), width=width)
+    if dh is None:
+        return _source("act", (readable(x),), width=width)
+    return _source("act_backward", (readable(dh), readable(x)), width=width)
 
 
 class Room:
@@ -163,7 +170,8 @@ def both(
     room: Room, source: Source, rows: int, width: int, again: Room | None = None, *, measured: bool = False,
     **constants: int,
 ) -> Room:  # fmt: skip
-    """Fill `room` (and `again`, with the values of the forward) from a source; `room` is returned.
+    """Fill `room` (and `again`, with the values of the forward, if `one_pass` allows it) from a source; `room` is
+    returned.
 
     measured   the amax is there already
     """
@@ -184,6 +192,13 @@ def both(
         programs = -(-rows // height) * across
         nvrtc.launch("fused/both.cu", "both", made, room.device, programs, 4 * height, *arguments)
     return room
+
+
+def one_pass(room: Room, again: Room) -> bool:
+    """Whether one launch can fill both: the kernel is compiled for one kind of scale, and `again` is not measured."""
+    if again.mode == "known":
+        return room.mode in ("given", "known", "measured")
+    return room.mode == again.mode and not again.two_passes
 
 
 def blocks(mode: str) -> int:

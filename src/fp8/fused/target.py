@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backends import why_not_cuda
 from ..formats import Format, format_of
 from ..quantize import reference
 from ..tile import Tile
@@ -30,7 +31,7 @@ class Target:
 
     @property
     def mode(self) -> str:
-        """The MODE of `triton_emit.emit`."""
+        """The mode of the kernels: how the scale is found (`both.MODES`)."""
         return "given" if self.scale is not None else MODES[str(self.tile)]
 
     def with_scale(self, scale: Tensor | None) -> Target:
@@ -51,6 +52,13 @@ class Codes:
     scale_t: Tensor | None
     amax: Tensor
     keys_t: Tensor | None = None
+
+
+def why_not_both(x: Tensor) -> str | None:
+    """Why `both.cu` cannot read a matrix; None when it can."""
+    if x.dtype != torch.bfloat16 or x.shape[0] % 16 or x.shape[1] % 16:
+        return f"it takes BF16 in multiples of 16, not {str(x.dtype)[6:]} {tuple(x.shape)}"
+    return why_not_cuda(x.device)
 
 
 def quantized(x: Tensor, target: Target, down: bool = True, across: bool = True) -> Codes:
@@ -87,7 +95,7 @@ def flat(out: Codes, target: Target) -> Flat:
     """The tensors of `out`, as an operator may return them."""
     spare = out.amax.new_empty(0)
     given, shared = target.scale is not None, str(target.tile) == "tensor"
-    amax = out.amax.clone() if shared else spare
+    amax = out.amax.reshape(()).clone() if shared else spare
     each = (out.codes, None if given else out.scale, out.codes_t, None if shared else out.scale_t, amax, out.keys_t)
     return tuple(spare.clone() if t is None else t for t in each)  # type: ignore[return-value]
 
@@ -100,6 +108,11 @@ def of_flat(tensors: Flat, target: Target, down: bool = True, across: bool = Tru
     amax = amax if shared else scale
     turned = (codes_t, scale if shared else scale_t) if across else (None, None)
     return Codes(codes if down else None, scale, *turned, amax, keys_t if str(target.tile) == "row" else None)
+
+
+def without_keys(tensors: Flat) -> Flat:
+    """`flat` of transposed codes alone: the keys came in and do not go out."""
+    return (*tensors[:5], tensors[4].new_empty(0))
 
 
 def fake(like: Tensor, rows: int, cols: int, target: Target, down: bool = True, across: bool = True) -> Flat:

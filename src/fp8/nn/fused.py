@@ -293,16 +293,19 @@ def values_type(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def why_not(x: Tensor, norms: tuple[nn.Module, ...], linears: tuple[nn.Module, ...], dim: int) -> str | None:
+def why_not(
+    x: Tensor, norms: tuple[nn.Module, ...], linears: tuple[nn.Module, ...], halves: tuple[nn.Module, ...], dim: int
+) -> str | None:
     """Why a block cannot run in these kernels; None when it can.
 
-    norms      its two norms; linears: qkv, out, up, down; dim: channels of a head
+    norms      its two norms; linears: qkv, out, up, down; halves: the modules around them, which are not called
+    dim        channels of a head
     """
     if (reason := _why_not_kernels(x.device.type, x.device.index)) is not None:
         return reason
     if values_type(x) != torch.bfloat16 or x.dtype not in (torch.bfloat16, torch.float32):
         return f"values are {str(values_type(x))[6:]}; the fused kernels are for BF16"
-    return why_not_shape(x, norms, linears, dim)
+    return why_not_shape(x, norms, linears, halves, dim)
 
 
 def _why_not_kernels(device: str, index: int | None) -> str | None:
@@ -313,21 +316,32 @@ def _why_not_kernels(device: str, index: int | None) -> str | None:
 _why_not_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def why_not_shape(x: Tensor, norms: tuple[nn.Module, ...], linears: tuple[nn.Module, ...], dim: int) -> str | None:
+def why_not_shape(
+    x: Tensor, norms: tuple[nn.Module, ...], linears: tuple[nn.Module, ...], halves: tuple[nn.Module, ...], dim: int
+) -> str | None:
     """The part of `why_not` that holds on any device."""
     if any(type(norm) is not nn.RMSNorm or norm.weight is None or norm.eps is None for norm in norms):
         return "its norms are not RMS norms with a weight"
+    if any(norm.weight.dtype not in (torch.bfloat16, torch.float32) for norm in norms):
+        return "the weight of a norm is neither in BF16 nor in FP32"
+    if not all(isinstance(getattr(linear, "weight", None), Tensor) for linear in linears):
+        return "what stands for a linear layer has no weight of its own"
     if any(getattr(linear, "bias", None) is not None for linear in linears):
         return "a linear layer has a bias"
     if torch.is_grad_enabled() and not all(linear.weight.requires_grad for linear in linears):
         return "a weight is frozen, and its gradient is computed here all the same"
-    if not torch.compiler.is_compiling() and any(_hooked(module) for module in (*norms, *linears)):
+    if not torch.compiler.is_compiling() and any(_hooked(module) for module in (*norms, *halves)):
         return "a module inside it has hooks"
     rows, width = as_matrix(x).shape
-    if rows % 16 or width % 16 or width > LONGEST:
-        return f"{rows} tokens of {width} channels: both must be multiples of 16, and channels at most {LONGEST}"
-    if dim & (dim - 1) or not 16 <= dim <= 256:
-        return f"a head has {dim} channels, which is no power of two from 16 to 256"
+    if not rows or rows % 16 or width % 16 or width > LONGEST:
+        return (
+            f"{rows} tokens of {width} channels: both must be positive multiples of 16, and channels at most {LONGEST}"
+        )
+    inner = linears[-1].weight.shape[-1]  # type: ignore[index]
+    if inner % 16:
+        return f"an MLP of {inner} channels, which is no multiple of 16"
+    if dim & (dim - 1) or not 16 <= dim <= 128:  # `both.cu` turns pairs within 128 columns
+        return f"a head has {dim} channels, which is no power of two from 16 to 128"
     return None
 
 

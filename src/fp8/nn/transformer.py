@@ -93,7 +93,8 @@ class TransformerLayer(nn.Module):
         the same codes."""
         attention, mlp = self.attention, self.mlp
         linears = (attention.qkv, attention.out, mlp.up, mlp.down)
-        reason = why_not(x, (self.attention_norm, self.mlp_norm), linears, attention.head_dim)
+        norms, halves = (self.attention_norm, self.mlp_norm), (attention, mlp)
+        reason = why_not(x, norms, linears, halves, attention.head_dim)
         return reason or why_not_recipes(self._recipes(linears), mlp.down.in_features, attention.head_dim)
 
     def _recipes(self, linears: tuple[nn.Linear, ...]) -> list[Recipe | None]:
@@ -167,7 +168,7 @@ class SelfAttention(nn.Module):
         else:
             cache.append(k, v)
             y = cache.attend(q, causal=self.causal)
-        return self.out(y.transpose(1, 2).reshape(batch, tokens, -1))
+        return self.out(y.transpose(1, 2).reshape(x.shape))
 
 
 class MLP(nn.Module):

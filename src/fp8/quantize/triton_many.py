@@ -32,7 +32,7 @@ from .many import Cast
 from .triton import MODES, PARTS, plan
 from .triton_tiles import cast_rectangle, largest_key, raise_row_column_keys
 
-COLUMNS = 13  # of the table, as `_row` and `read_row` have them
+COLUMNS = 13  # of the table, as `_launch` writes them and `cast_one` reads them
 FIRST_BLOCK = 8192  # numbers a stretch of the first pass
 WARPS = 8  # with four, the 64 x 128 rectangle of a tensor scale spills at 128 registers
 
@@ -235,7 +235,7 @@ def _launch(casts: list[Cast], mode: str, even: bool, known: bool) -> Launch:
         numbers = (*cast.x.shape, first_rectangle, 1 if mode == "row" or known else part, first_part)
         rows.append((*(tensor.data_ptr() for tensor in addresses), *numbers))
         first_rectangle, first_part, spot = first_rectangle + count, first_part + part, spot + size
-    table, pinned = upload(torch.tensor(rows, dtype=torch.int64), device)
+    table, pinned = upload(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
     owner, pinned_owner = upload(owners(counts), device)
     first_owner, pinned_first = upload(owners(parts), device)
     return Launch(
@@ -257,7 +257,8 @@ def _first_pass(casts: list[Cast], mode: str, known: bool) -> tuple[list[int], l
 
 def owners(counts: list[int]) -> Tensor:
     """[3, 1, 2] to [0, 0, 0, 1, 2, 2], int32."""
-    return torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), torch.tensor(counts))
+    numbers = torch.arange(len(counts), dtype=torch.int32, device="cpu")
+    return torch.repeat_interleave(numbers, torch.tensor(counts, device="cpu"))
 
 
 def upload(host: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

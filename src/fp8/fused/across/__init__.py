@@ -5,19 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends import Backend, choose, why_not_cuda
-from ..target import Codes, Target, fake, flat, of_flat, of_words, to_words
+from ...backends import Backend, choose
+from ..target import Codes, Target, fake, flat, of_flat, of_words, to_words, why_not_both
 
 BACKENDS = (
-    Backend("cuda", "a Hopper GPU and NVRTC", lambda x: _why_not(x), "fp8.fused.across.cuda"),
+    Backend("cuda", "a Hopper GPU and NVRTC", why_not_both, "fp8.fused.across.cuda"),
     Backend("reference", "nothing", lambda x: None, "fp8.fused.across.reference"),
 )
-
-
-def _why_not(x: Tensor) -> str | None:
-    if x.dtype != torch.bfloat16 or x.shape[0] % 16 or x.shape[1] % 16:
-        return f"it takes BF16 in multiples of 16, not {str(x.dtype)[6:]} {tuple(x.shape)}"
-    return why_not_cuda(x.device)
 
 
 def across(x: Tensor, target: Target) -> Codes:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends import Backend, choose, why_not_cuda
-from ..target import Codes, Target, fake, flat, of_flat, of_words, to_words
+from ...backends import Backend, choose
+from ..target import Codes, Target, fake, flat, of_flat, of_words, to_words, why_not_both, without_keys
 
 BACKENDS = (
-    Backend("cuda", "a Hopper GPU and NVRTC", lambda x: why_not_cuda(x.device), "fp8.fused.activation.cuda"),
+    Backend("cuda", "a Hopper GPU and NVRTC", why_not_both, "fp8.fused.activation.cuda"),
     Backend("reference", "nothing", lambda x: None, "fp8.fused.activation.reference"),
 )
 
@@ -32,15 +32,17 @@ def activation_backward(
 ) -> tuple[Tensor | Codes, Codes | None]:  # fmt: skip
     """`(gradient of x, transposed codes of h or None)`: the gradient as values, or in both orientations of codes.
 
-    again    how the forward quantized h: its target, with the scale that it used; `keys_t` what it left
+    again    how the forward quantized h: its target, with the scale that it used; `keys_t` what it left. It comes with
+             a target, and only with one
     """
+    assert (target is None) == (again is None)
     if torch.compiler.is_compiling():
         if target is None or again is None:
             return torch.ops.fp8.activation_backward_plain(dh, x, function, gated), None
         words = (*to_words(target), *to_words(again))
         out = torch.ops.fp8.activation_backward(dh, x, function, gated, *words, keys_t)
         return of_flat(out[:6], target), of_flat(out[6:], again, down=False)
-    return choose("activation_backward", BACKENDS, dh).run(dh, x, function, gated, target, again, keys_t)
+    return choose("activation_backward", BACKENDS, x).run(dh, x, function, gated, target, again, keys_t)
 
 
 @torch.library.custom_op("fp8::activation_plain", mutates_args=())
@@ -94,11 +96,7 @@ def _backward(
     out, h = activation_backward(dh, x, function, gated, target, again, keys_t)
     assert isinstance(out, Codes)
     assert h is not None
-    return *flat(out, target), *_without_keys(flat(h, again))
-
-
-def _without_keys(tensors):  # type: ignore[no-untyped-def]
-    return (*tensors[:5], tensors[4].new_empty(0))
+    return *flat(out, target), *without_keys(flat(h, again))
 
 
 @_backward.register_fake
@@ -107,4 +105,4 @@ def _(  # type: ignore[no-untyped-def]
 ):
     out = fake(x, x.shape[0], x.shape[1], of_words(format, tile, power_of_two, scale))
     h = fake(dh, dh.shape[0], dh.shape[1], of_words(h_format, h_tile, h_power_of_two, h_scale), down=False)
-    return *out, *_without_keys(h)
+    return *out, *without_keys(h)

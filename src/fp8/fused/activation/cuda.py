@@ -7,9 +7,11 @@ are then read twice rather than written and read.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
-from ..both import Room, activation_source, both
+from ..both import Room, activation_source, both, one_pass
 from ..target import Codes, Target
 
 FUNCTIONS = {"silu": 0, "gelu": 1, "relu": 2}
@@ -17,7 +19,6 @@ FUNCTIONS = {"silu": 0, "gelu": 1, "relu": 2}
 
 def activation(x: Tensor, function: str, gated: bool, target: Target | None) -> Tensor | Codes:
     """`reference.activation` of a CUDA matrix."""
-    x = x.contiguous()
     rows, width = x.shape[0], x.shape[1] // (2 if gated else 1)
     room = Room(x, rows, width, target, across=False)
     source = activation_source(None, x, width)
@@ -29,12 +30,17 @@ def activation_backward(
     keys_t: Tensor | None = None,
 ) -> tuple[Tensor | Codes, Codes | None]:  # fmt: skip
     """`reference.activation_backward` of CUDA matrices."""
-    dh, x = dh.contiguous(), x.contiguous()
     (rows, cols), width = x.shape, x.shape[1] // (2 if gated else 1)
-    room = Room(x, rows, cols, target)
-    other = None if again is None else Room(x, rows, width, again, down=False, known=True, keys_t=keys_t)
-    source = activation_source(dh, x, width)
-    both(room, source, rows, width, other, FUNCTION=FUNCTIONS[function], GATED=int(gated))
-    made = None if other is None else other.result
-    assert made is None or isinstance(made, Codes)
+    fill = partial(both, FUNCTION=FUNCTIONS[function], GATED=int(gated))
+    room, source = Room(x, rows, cols, target), activation_source(dh, x, width)
+    if again is None:
+        return fill(room, source, rows, width).result, None
+    other = Room(x, rows, width, again, down=False, known=True, keys_t=keys_t)
+    if one_pass(room, other):
+        fill(room, source, rows, width, other)
+    else:  # the products around the activation have other tiles
+        fill(room, source, rows, width)
+        fill(other, activation_source(None, x, width), rows, width)
+    made = other.result
+    assert isinstance(made, Codes)
     return room.result, made

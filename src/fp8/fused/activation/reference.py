@@ -63,7 +63,7 @@ def activation_backward(
     dh: Tensor, x: Tensor, function: str, gated: bool, target: Target | None, again: Target | None = None,
     keys_t: Tensor | None = None,
 ) -> tuple[Tensor | Codes, Codes | None]:  # fmt: skip
-    """The gradient of x, as values or in both orientations of codes; and, with `again`, the transposed codes of h."""
+    """The gradient of x, as values; or in both orientations of codes, and the transposed codes of h."""
     dx = gradient(dh, x, function, gated)
     if target is None or again is None:
         return dx, None

@@ -74,9 +74,11 @@ def fresh(parameter: Tensor, kind: str) -> dict[str, Tensor]:
 
 
 @cache
+@torch.inference_mode(False)
 def roots() -> Tensor:
     """[MOST + 1, 128]: row 4k, column c holds (|code c| / 448)^(1/k), FP32, correctly rounded; row 0 is not used."""
-    codes = torch.tensor([FORMATS["e4m3"].decode(c) for c in range(128)], dtype=torch.float64) / 448.0
+    codes = torch.tensor([FORMATS["e4m3"].decode(c) for c in range(128)], dtype=torch.float64, device="cpu")
+    codes /= 448.0
     return torch.stack([codes**0.0, *(codes ** (4.0 / n) for n in range(1, MOST + 1))]).float()
 
 

@@ -83,16 +83,19 @@ class AdamW(torch.optim.Optimizer):
         groups = decaying(params, weight_decay) if isinstance(params, nn.Module) else params
         same = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "moments": moments,
                 "rounding": rounding, "seed": seed}  # fmt: skip
+        self.before_update: list[BeforeUpdate] = []
+        self._captured: list[Any] = []  # tables that a captured graph copies from the host again at each replay
         self._forget()
         super().__init__(groups, same)
 
     def _forget(self) -> None:
-        self.before_update: list[BeforeUpdate] = []
         self.followed: dict[Tensor, After] = {}
         self._keys: dict[Tensor, Tensor] = {}
         self._prepared: dict[Any, Any] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        for name in ("before_update", "_captured"):  # loading a state keeps what it has; a copy begins with nothing
+            self.__dict__.setdefault(name, [])
         self._forget()
         super().__setstate__(state)
         for group in self.param_groups:  # of torch's own AdamW
@@ -123,8 +126,10 @@ class AdamW(torch.optim.Optimizer):
             follows |= before(getattr(self, "found_inf", None))
         self.followed = {}
         for place, (slots, settings) in enumerate(self._work(follows)):
-            run = self._choose(slots[0].parameter).run
-            self._prepared[place] = run(slots, settings, self._prepared.get(place))
+            run, before = self._choose(slots[0].parameter).run, self._prepared.get(place)
+            made = self._prepared[place] = run(slots, settings, before)
+            if made is not before and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                self._captured.append(made)
         return loss
 
     def moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:

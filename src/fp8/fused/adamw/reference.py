@@ -129,7 +129,7 @@ def raised(base: float, exponent: int) -> float:
 
 def single(number: float) -> float:
     """The nearest FP32 number."""
-    return torch.tensor(number, dtype=torch.float32).item()
+    return torch.tensor(number, dtype=torch.float32, device="cpu").item()
 
 
 def halves(number: float) -> tuple[float, float]:

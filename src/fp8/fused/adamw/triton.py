@@ -426,9 +426,9 @@ def _prepare(slots: Sequence[Slot], settings: Settings, known_by: tuple[Any, ...
     launches = tuple(_launch(group, members, settings) for group, members in groups.items())
     nothing = [0 if s.after is None or s.after.cast.key is None else s.after.cast.key.data_ptr() for s in slots]
     pairs = [(s.state["step"].data_ptr(), zero) for s, zero in zip(slots, nothing, strict=True)]
-    steps, pinned = upload(torch.tensor(pairs, dtype=torch.int64), device)
+    steps, pinned = upload(torch.tensor(pairs, dtype=torch.int64, device="cpu"), device)
     now = torch.zeros(len(slots), NOW, device=device)
-    if old is not None:
+    if old is not None and old.roots.device == now.device:
         return Prepared(known_by, steps, now, old.roots, launches, (*old.kept[:1], pinned))
     roots, pinned_roots = upload(moments.roots(), device)
     return Prepared(known_by, steps, now, roots, launches, (pinned_roots, pinned))
@@ -451,7 +451,7 @@ def _launch(group: tuple[Any, ...], members: list[tuple[int, Slot]], settings: S
         rows.append(_row(index, slot, first, nobody))
         counts.append(count)
         first += count
-    table, pinned = upload(torch.tensor(rows, dtype=torch.int64), device)
+    table, pinned = upload(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
     owner, pinned_owner = upload(owners(counts), device)
     kept = moments.KINDS[settings.moments]
     constants = {

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...backends import Backend, choose, why_not_triton
-from ..target import Codes, Target, fake, flat, of_flat, of_words, to_words
+from ..target import Codes, Target, fake, flat, of_flat, of_words, to_words, without_keys
 
 BACKENDS = (
     Backend("triton", "a Hopper GPU and Triton", lambda x: why_not_triton(x.device), "fp8.fused.norm.triton"),
@@ -87,16 +87,12 @@ def _across(
     format: str, tile: str, power_of_two: bool, scale: Tensor | None, keys_t: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     target = of_words(format, tile, power_of_two, scale)
-    return _without_keys(flat(norm_across(h, rstd, weight, dtype, target, keys_t), target))
-
-
-def _without_keys(tensors):  # type: ignore[no-untyped-def]
-    return (*tensors[:5], tensors[4].new_empty(0))
+    return without_keys(flat(norm_across(h, rstd, weight, dtype, target, keys_t), target))
 
 
 @_across.register_fake
 def _(h, rstd, weight, dtype, format, tile, power_of_two, scale, keys_t):  # type: ignore[no-untyped-def]
-    return _without_keys(fake(h, h.shape[0], h.shape[1], of_words(format, tile, power_of_two, scale), down=False))
+    return without_keys(fake(h, h.shape[0], h.shape[1], of_words(format, tile, power_of_two, scale), down=False))
 
 
 @torch.library.custom_op("fp8::norm_backward", mutates_args=())

@@ -150,7 +150,8 @@ def norm_backward(
     dy: Tensor, h: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`reference.norm_backward` on CUDA matrices."""
-    dy, residual = dy.contiguous(), None if residual is None else residual.contiguous()  # a sum's gradient is expanded
+    dy, h = dy.contiguous(), h.contiguous()  # a sum's gradient is expanded
+    residual = None if residual is None else residual.contiguous()
     rows, cols = h.shape
     per = max(1, triton.cdiv(rows, 528))  # four programs for each multiprocessor of an H200
     programs = triton.cdiv(rows, per)

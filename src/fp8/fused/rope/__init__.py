@@ -27,7 +27,7 @@ def rope(qkv: Tensor, tokens: int, heads: Heads) -> Tensor:
 
 def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, heads: Heads, target: Target | None) -> Tensor | Codes:
     """The gradient [B * T, heads.total * D] of the joined product, as values or in both orientations of codes, from
-    those of q [B, H, T, D] and of k and v [B, KV, T, D] (any strides)."""
+    those of q [B, H, T, D] and of k and v [B, KV, T, D] (any strides). On the GPU D is a power of two, 16 to 128."""
     if torch.compiler.is_compiling():
         if target is None:
             return torch.ops.fp8.rope_backward_plain(dq, dk, dv, *_words(heads))

@@ -53,15 +53,20 @@ class Heads:
         return cos[self.start : self.start + tokens], sin[self.start : self.start + tokens]
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
+@torch.inference_mode(False)
 def tables(length: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [length, dim / 2] of positions from 0, FP32, angles too, as in Hugging Face. Kept: never write."""
+    """cos and sin [length, dim / 2] of positions from 0, FP32, angles too, as in Hugging Face. Never write to them.
+
+    They are kept for good, since captured graphs read them (powers of two: twice the longest, at most), and made where
+    inference mode and torch's default device change nothing, since training reads them too.
+    """
     if device.type != "cpu":
         cos, sin = tables(length, dim, theta, torch.device("cpu"))
         return cos.to(device), sin.to(device)
-    channel = torch.arange(0, dim, 2, dtype=torch.int64).float()
+    channel = torch.arange(0, dim, 2, dtype=torch.int64, device=device).float()
     frequency = 1.0 / theta ** (channel / dim)
-    angle = torch.outer(torch.arange(length, dtype=torch.int64).float(), frequency)
+    angle = torch.outer(torch.arange(length, dtype=torch.int64, device=device).float(), frequency)
     return angle.cos(), angle.sin()
 
 

@@ -62,6 +62,7 @@ def rope(qkv: Tensor, tokens: int, heads: Heads) -> Tensor:
 
 def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, heads: Heads, target: Target | None) -> Tensor | Codes:
     """`reference.rope_backward` on CUDA; a head's channels are a power of two from 16 to 128."""
+    assert heads.dim in (16, 32, 64, 128)  # `both.cu` turns pairs within its 128 columns
     dq, dk, dv = (_readable(t) for t in (dq, dk, dv))
     rows, cols = dq.shape[0] * dq.shape[2], heads.total * heads.dim
     room = Room(dq, rows, cols, target)
@@ -72,4 +73,4 @@ def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, heads: Heads, target: Targ
 def _readable(t: Tensor) -> Tensor:
     """Channels side by side, and 16 bytes readable at once."""
     aligned = t.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in t.stride()[:3])
-    return t if t.stride(-1) == 1 and aligned else t.contiguous()
+    return t if t.stride(-1) == 1 and aligned else t.clone(memory_format=torch.contiguous_format)
