@@ -101,6 +101,7 @@ class Job:
         return {name: self.source.read(name)}
 
     def layer(self, name: str) -> Task:
+        """What one FP8 layer becomes: each target format has its own."""
         raise NotImplementedError
 
     def kv(self) -> Mapping[str, Tensor]:

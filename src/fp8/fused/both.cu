@@ -239,7 +239,7 @@ __device__ __forceinline__ void load(u32 (&x)[4][4], const u16* from, u64 stride
   }
 }
 
-// Values of several outputs of a thread: x[0] (and x[1]) of `out`, the last of `again`.
+// What the values are made of. `produce` leaves them in x: one output, or gate and up, and the last for `again`.
 struct Source {
   const void* a;        // x, h, dq, or dh
   const void* b;        // rstd, dk, or the activation's x
