@@ -58,8 +58,15 @@ class ScaleState(nn.Module):
         """The scale [1, 1] to quantize `x` with; None: measure it."""
         raise AssertionError("each rule has its own")
 
+    def slot(self, operand: int) -> Tensor | None:
+        """The amax [] that quantizing with `before`'s scale is to raise in place; None: hand a new one to `after`."""
+        return None
+
     def after(self, operand: int, amax: Tensor, scale: Tensor) -> None:
         """Take note of what was quantized."""
+
+    def noted(self, operand: int, scale: Tensor) -> None:
+        """The rest of `after`, where a kernel has raised the amax itself."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScaleState:
         for name, buffer in self.named_buffers(recurse=False):
@@ -92,12 +99,15 @@ class DelayedState(ScaleState):
             return None
         return self.scale[operand].clone().view(1, 1)  # a copy: cuBLASLt wants 16-byte alignment, and `update` writes
 
+    def slot(self, operand: int) -> Tensor | None:
+        compiling = torch.compiler.is_compiling()  # an operator of a graph returns its amax
+        return self.pending[operand] if self.warm[operand] and not compiling else None
+
     def after(self, operand: int, amax: Tensor, scale: Tensor) -> None:
         record(self.pending, amax, operand)
         self.noted(operand, scale)
 
     def noted(self, operand: int, scale: Tensor) -> None:
-        """The rest of `after`, where a kernel has raised `pending` itself."""
         if not torch.compiler.is_compiling():
             self.seen[operand] = True
         if not self.warm[operand]:  # stands until the first update, and after it if that step is discarded

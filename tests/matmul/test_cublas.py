@@ -180,6 +180,16 @@ def test_any_shape_is_within_its_budget(tiles, shape):
 
 
 @gpu
+def test_a_scale_may_lie_at_any_address():
+    a, b = pair((64, 64, 64), ("tensor", "tensor"))
+    row = torch.ones(3, device="cuda")
+    row[1:2].copy_(a.scale.view(1))
+    elsewhere = Quantized(a.codes, row[1:2].view(1, 1), a.tile, a.format)
+    assert row[1:2].data_ptr() % 16 != 0
+    assert torch.equal(matmul(elsewhere, b, backend="cublas"), matmul(a, b, backend="cublas"))
+
+
+@gpu
 @pytest.mark.parametrize("tiles", CONSTANT + BLOCKS, ids="*".join)
 def test_reads_nothing_on_the_host(tiles):
     a, b = pair((130, 257, 513), tiles)

@@ -75,10 +75,10 @@ def test_a_control_fails(control: str, in_fp32: float, monkeypatch: pytest.Monke
 
     right = products._quantize
 
-    def stale_scale(x, operand, power_of_two, scale, both):  # type: ignore[no-untyped-def]
+    def stale_scale(x, operand, power_of_two, scale, both, amax):  # type: ignore[no-untyped-def]
         if operand.format == "e5m2":
             scale = fp8.quantize(x, "e5m2").scale * 2.0**24 * 57344
-        return right(x, operand, power_of_two, scale, both)
+        return right(x, operand, power_of_two, scale, both, amax)
 
     def no_mantissa(*arguments):  # type: ignore[no-untyped-def]
         def cut(q: fp8.Quantized | None) -> fp8.Quantized | None:

@@ -109,3 +109,30 @@ def test_scales_with_an_interval_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         fp8.graph(lambda: None, nn.Linear(2, 2), warm_up=0)
     with pytest.raises(ConfigError, match="two steps"):
         fp8.graph(lambda: None, fp8.Linear(16, 16, recipe="delayed"), warm_up=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+def test_the_optimizer_may_run_between_replays(recipe: str) -> None:
+    x = torch.randn(2, 64, 256, device="cuda", dtype=torch.bfloat16)
+    losses = []
+    for captured in (False, True):
+        model = layer(recipe)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        fp8.attach(model, optimizer)
+
+        def measure(model: nn.Module = model) -> Tensor:
+            for parameter in model.parameters():
+                parameter.grad = None
+            loss = model(x).float().square().mean()
+            loss.backward()
+            return loss.detach()
+
+        seen, call = [], measure
+        for step in range(6):
+            if captured and step == 2:
+                call = fp8.graph(measure, model, warm_up=2)
+            seen.append(float(call()))
+            optimizer.step()
+        losses.append(seen)
+    assert losses[0] == losses[1]

@@ -2,7 +2,8 @@
 
 The two arms differ in one setting, the recipe. On a CPU all that is not an FP8 product is FP32 in both: where no
 instruction multiplies BF16 matrices FP32 is faster than BF16, and it is the stricter yardstick, for the FP8 arm is then
-charged with all of the rounding. On a GPU both run under BF16 autocast, as such models are trained, and compiled.
+charged with all of the rounding. On a GPU both run under BF16 autocast, as such models are trained, compiled, and
+replayed from a CUDA graph.
 
 `settings` is the one place where the demo and the study get their run from; `run_arm` trains it, or goes on from where
 it was interrupted.
@@ -28,12 +29,12 @@ from ..train.loop import Callback, device_of
 from ..train.resume import device_name
 
 CPU: dict[str, Any] = {
-    "model": "small", "precision": "fp32", "sequence_length": 128, "batch_size": 8, "steps": 250, "lr": 1e-3,
+    "model": "small", "precision": "fp32", "sequence_length": 128, "batch_size": 8, "steps": 250, "lr": 1.5e-3,
     "eval_batches": 32, "checkpoint_interval": 50, "keep_last": 1,
 }  # fmt: skip
 GPU: dict[str, Any] = CPU | {
-    "model": "medium", "precision": "bf16", "compile": True, "sequence_length": 1024, "batch_size": 16, "steps": 300,
-    "lr": 6e-4, "eval_batches": 3,
+    "model": "medium", "precision": "bf16", "compile": True, "graph": True, "sequence_length": 1024, "batch_size": 16,
+    "steps": 300, "lr": 6e-4, "eval_batches": 3,
 }  # fmt: skip
 
 

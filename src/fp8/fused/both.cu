@@ -47,7 +47,7 @@ struct Out {  // one matrix of codes: [rows, cols], or its transpose
   float* scale_t;
   u32* keys;    // amaxes of rows and columns: FP32 bits + 0x00800000, as the Triton kernels keep them
   u32* keys_t;
-  u32* amax;    // FP32 bits
+  u32* amax;    // FP32 bits; may start at -1.0, as delayed scaling's do
   int stride_r, stride_c, stride_tr, stride_tc;
   int cols;
 };
@@ -369,7 +369,7 @@ __device__ __forceinline__ u32 block_max(u32 value, u32* shared) {
 }
 
 __device__ __forceinline__ void raise(u32* at, u32 value) {
-  if (value > *(volatile u32*)at) atomicMax(at, value);
+  if ((int)value > *(volatile int*)at) atomicMax((int*)at, (int)value);
 }
 
 template <bool IS_E4M3, bool IS_POWER, bool DOWN, bool ACROSS, int HOW>

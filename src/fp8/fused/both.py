@@ -127,7 +127,9 @@ class Room:
         if self.mode == "row" and keys_t is None:
             pair = torch.zeros(rows + cols, dtype=torch.int32, device=self.device)
             self.keys, self.keys_t = pair[:rows], pair[rows:]
-        self.amax = torch.zeros((), device=self.device) if self.mode in ("given", "measured") else None
+        self.amax = None
+        if self.mode in ("given", "measured"):
+            self.amax = torch.zeros((), device=self.device) if target.amax is None else target.amax
 
     def _scale(self, target: Target, rows: int, cols: int) -> Tensor:
         """1x128 scales lie column by column, as cuBLASLt reads them."""
@@ -180,7 +182,8 @@ def both(
     height = 128 if room.mode == "group" else 64
     fixed = {
         "PRODUCER": PRODUCERS[source.producer], "FUNCTION": 0, "GATED": 1, "H32": 0, "W32": 0, "DIM": 128,
-        "AGAIN": int(again is not None), "H_E4M3": 1, "H_POWER": 1, "BM": height, "BLOCKS": blocks(room.mode),
+        "AGAIN": int(again is not None), "H_E4M3": 1, "H_POWER": 1, "BM": height,
+        "BLOCKS": blocks(room.mode, source.producer),
     }  # fmt: skip
     if again is not None:
         fixed |= {"H_E4M3": again.constants["E4M3"], "H_POWER": again.constants["POWER"]}
@@ -201,6 +204,11 @@ def one_pass(room: Room, again: Room) -> bool:
     return room.mode == again.mode and not again.two_passes
 
 
-def blocks(mode: str) -> int:
-    """How many programs must fit on a multiprocessor: what the compiler may spend on registers follows from it."""
-    return 1 if mode == "group" else 2
+def blocks(mode: str, producer: str) -> int:
+    """How many programs must fit on a multiprocessor: what the compiler may spend on registers follows from it. Chosen
+    by measurement: one output leaves room for four programs, the three of a backward for two."""
+    if mode == "group":
+        return 1
+    if producer == "act_backward":
+        return 3 if mode == "row" else 2
+    return 2 if producer == "norm" else 4

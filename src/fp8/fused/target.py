@@ -22,12 +22,14 @@ class Target:
     format, tile   as for `quantize`; tiles are "tensor", "row" and "1x128"
     power_of_two   the smallest power of two that fits, or amax / max
     scale          FP32 [1, 1]: quantize with this one (tile "tensor"); None: measure
+    amax           FP32 [], with a given scale: raise this one instead of returning a new one
     """
 
     format: Format
     tile: Tile
     power_of_two: bool = True
     scale: Tensor | None = None
+    amax: Tensor | None = None
 
     @property
     def mode(self) -> str:
@@ -64,7 +66,7 @@ def why_not_both(x: Tensor) -> str | None:
 def quantized(x: Tensor, target: Target, down: bool = True, across: bool = True) -> Codes:
     """The reference: quantize a matrix of values that were made before."""
     codes, scale, codes_t, scale_t, amax = reference.quantize_both(
-        x, target.scale, target.format, target.tile, target.power_of_two, None
+        x, target.scale, target.format, target.tile, target.power_of_two, None, amax=target.amax
     )
     keys_t = None
     if str(target.tile) == "row":

@@ -88,6 +88,7 @@ def _constant(a: Quantized, b: Quantized, dtype: torch.dtype, fast: bool) -> Ten
     scale_a, scale_b = a.scale, b.scale
     if ROW in (a.tile, b.tile):
         scale_a, scale_b = _one_each(scale_a, left.shape[0]), _one_each(scale_b, right.shape[0]).t()
+    scale_a, scale_b = _aligned(scale_a), _aligned(scale_b)
     return torch._scaled_mm(  # type: ignore[attr-defined]
         left, right.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=fast
     )
@@ -120,6 +121,12 @@ def _padded(codes: Tensor, row_multiple: int, col_multiple: int) -> Tensor:
     if missing_rows == missing_cols == 0:
         return codes.contiguous()
     return pad(codes.view(torch.uint8), (0, missing_cols, 0, missing_rows)).view(codes.dtype)
+
+
+def _aligned(scale: Tensor) -> Tensor:
+    """The scale at an address that is a multiple of 16: cuBLASLt refuses others. A compiled graph hands on one number
+    out of a buffer where eager mode would have copied it."""
+    return scale if scale.data_ptr() % 16 == 0 else scale.clone()
 
 
 def _one_each(scale: Tensor, rows: int) -> Tensor:

@@ -54,13 +54,7 @@ def target_of(run: Run, which: int) -> Target:
     recipe = run.recipe
     operand = (recipe.x, recipe.w, recipe.grad)[which]
     scale = run.state.before(which, torch.empty(0), run.record) if run.state is not None else None
-    return Target(format_of(operand.format), operand.tile, recipe.power_of_two, scale)
-
-
-def note(run: Run, which: int, codes: Codes) -> None:
-    """Tell delayed scaling what was quantized."""
-    if run.state is not None and run.record:
-        run.state.after(which, codes.amax, codes.scale)
+    return Target(format_of(operand.format), operand.tile, recipe.power_of_two, scale, run.slot(which))
 
 
 def operands(codes: Codes, target: Target) -> tuple[Any, Any]:
@@ -135,7 +129,7 @@ class NormQkvRope(torch.autograd.Function):
         target = target_of(run, X)
         _, rstd, y = norm(x, None, scale, eps, dtype, target)
         assert isinstance(y, Codes)
-        note(run, X, y)
+        run.note(X, y.amax, target.amax, y.scale)
         pair = weights(run, weight, backward)
         qkv = product(run, "forward", operands(y, target)[0], pair[0], dtype)
         if backward:
@@ -153,7 +147,7 @@ class NormQkvRope(torch.autograd.Function):
         into = target_of(run, GRAD)
         grad = rope_backward(dq, dk, dv, heads, into)
         assert isinstance(grad, Codes)
-        note(run, GRAD, grad)
+        run.note(GRAD, grad.amax, into.amax, grad.scale)
         g, g_t = operands(grad, into)
         dy = product(run, "grad_x", g, turned_weight(kept, run, "w"), dtype)
         x, rstd, scale = kept["x"], kept["rstd"], kept["scale"]
@@ -176,12 +170,12 @@ class NormMlp(torch.autograd.Function):
         target, target_a = target_of(up_run, X), target_of(down_run, X)
         h2, rstd, y = norm(h, branch, scale, eps, dtype, target)
         assert isinstance(y, Codes)
-        note(up_run, X, y)
+        up_run.note(X, y.amax, target.amax, y.scale)
         up_pair = weights(up_run, up, backward)
         inner = product(up_run, "forward", operands(y, target)[0], up_pair[0], dtype)
         a = activation(inner, function, gated, target_a)
         assert isinstance(a, Codes)
-        note(down_run, X, a)
+        down_run.note(X, a.amax, target_a.amax, a.scale)
         down_pair = weights(down_run, down, backward)
         y_down = product(down_run, "forward", operands(a, target_a)[0], down_pair[0], dtype)
         if backward:
@@ -208,7 +202,7 @@ class NormMlp(torch.autograd.Function):
         assert isinstance(grad, Codes)
         assert a_t is not None
         del da
-        note(up_run, GRAD, grad)
+        up_run.note(GRAD, grad.amax, into.amax, grad.scale)
         d_down = product(down_run, "grad_w", g_t, operands(a_t, target_a)[1], ctx.types[1])
         del g_t, a_t
         g, g_t = operands(grad, into)

@@ -28,9 +28,14 @@ class Graphed(Generic[Outputs]):
     """A captured step: call it to replay. It returns what the step returned, in the same tensors each time."""
 
     def __init__(
-        self, graph: torch.cuda.CUDAGraph, outputs: Outputs, model: nn.Module, step: Callable[[], Outputs]
+        self,
+        graph: torch.cuda.CUDAGraph,
+        outputs: Outputs,
+        model: nn.Module,
+        step: Callable[[], Outputs],
+        updates: bool,
     ) -> None:
-        self.graph, self.outputs, self.states = graph, outputs, _states(model)
+        self.graph, self.outputs, self.states, self.updates = graph, outputs, _states(model), updates
         self.held = [(part, part.codes) for part in model.modules() if isinstance(part, Fp8Products)]
         self.kept = step, [part.prepared for part, _ in self.held]  # what the graph reads lives as long as the graph
 
@@ -43,7 +48,8 @@ class Graphed(Generic[Outputs]):
         self.graph.replay()
         for state in self.states:
             state.expect(*(operand for operand in range(3) if state.warm[operand]))
-            state.count_step(True)
+            if self.updates:
+                state.count_step(True)
         return self.outputs
 
 
@@ -51,8 +57,10 @@ def graph(step: Callable[[], Outputs], model: nn.Module, warm_up: int = 3) -> Gr
     """Run `step` a few times, then capture it.
 
     step      one training step without arguments: forward, backward, optimizer, `zero_grad`; it may return tensors. The
-              warm-up consists of real steps: they change the weights, as replays do.
-    model     its FP8 layers' scales are updated in the step (`fp8.attach`, or `fp8.update_scales`)
+              warm-up consists of real steps: they change the weights, as replays do. Or without the optimizer, which
+              then runs between replays: gradients must keep their place
+    model     its FP8 layers' delayed scales are updated in the step (`fp8.attach`, or `fp8.update_scales`), or were
+              updated before, by steps that ran as ever, and are updated between replays
     warm_up   steps before the capture; kernels are compiled and delayed scales found in them. At least 1; with delayed
               scales 2, for the first step measures and the second one uses what was measured
 
@@ -62,7 +70,10 @@ def graph(step: Callable[[], Outputs], model: nn.Module, warm_up: int = 3) -> Gr
         raise ConfigError("fp8.graph captures a CUDA graph, and there is no CUDA GPU here: call the step itself.")
     if warm_up < 1:
         raise ConfigError(f"warm_up={warm_up}: a step must have run once before it can be captured.")
-    _refuse(_states(model), warm_up)
+    states = _states(model)
+    if states and warm_up < 2:
+        raise ConfigError(f"warm_up={warm_up}: with delayed scales, two steps must have run before one is captured.")
+    before = {state: state.steps for state in states}
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -70,7 +81,9 @@ def graph(step: Callable[[], Outputs], model: nn.Module, warm_up: int = 3) -> Gr
             step()
     torch.cuda.current_stream().wait_stream(side)
     states = _states(model)  # an autocast makes them in the first step
-    _refuse(states, warm_up)
+    updates = any(state.steps > before.get(state, 0) for state in states)
+    if updates:
+        _refuse(states)
     if any(state.starting or not any(state.warm) for state in states):
         raise ConfigError(
             "no delayed scale was updated in the warm-up: let the step end with fp8.update_scales(model), or attach it "
@@ -81,16 +94,14 @@ def graph(step: Callable[[], Outputs], model: nn.Module, warm_up: int = 3) -> Gr
         outputs = step()
     for state, (filled, steps) in zip(states, counted, strict=True):
         state.filled, state.steps = filled, steps  # a capture runs nothing on the device
-    return Graphed(captured, outputs, model, step)
+    return Graphed(captured, outputs, model, step, updates)
 
 
 def _states(model: nn.Module) -> list[DelayedState]:
     return [module for module in model.modules() if isinstance(module, DelayedState)]
 
 
-def _refuse(states: list[DelayedState], warm_up: int) -> None:
-    if states and warm_up < 2:
-        raise ConfigError(f"warm_up={warm_up}: with delayed scales, two steps must have run before one is captured.")
+def _refuse(states: list[DelayedState]) -> None:
     for state in states:
         if state.delayed.update_every != 1:
             raise ConfigError(

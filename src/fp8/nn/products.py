@@ -72,22 +72,35 @@ class Run:
         recipe = self.recipe
         operand: Operand = (recipe.x, recipe.w, recipe.grad)[which]
         scale = self.state.before(which, x, self.record) if self.state is not None else None
-        q, q_t, amax = _quantize(x, operand, recipe.power_of_two, scale, both)
-        if self.state is not None and self.record:
-            self.state.after(which, amax, q.scale)
+        slot = self.slot(which)
+        q, q_t, amax = _quantize(x, operand, recipe.power_of_two, scale, both, slot)
+        self.note(which, amax, slot, q.scale)
         return q, q_t
+
+    def slot(self, which: int) -> Tensor | None:
+        """The amax of delayed scaling that quantizing raises in place, if it can."""
+        return self.state.slot(which) if self.state is not None and self.record else None
+
+    def note(self, which: int, amax: Tensor, slot: Tensor | None, scale: Tensor) -> None:
+        """Tell delayed scaling what was quantized."""
+        if self.state is None or not self.record:
+            return
+        if slot is None:
+            self.state.after(which, amax, scale)
+        else:
+            self.state.noted(which, scale)
 
 
 def _quantize(
-    x: Tensor, operand: Operand, power_of_two: bool, scale: Tensor | None, both: bool
+    x: Tensor, operand: Operand, power_of_two: bool, scale: Tensor | None, both: bool, amax: Tensor | None
 ) -> tuple[Quantized, Quantized | None, Tensor]:
-    """The codes of x, those of x.T if `both`, and the amax of x."""
+    """The codes of x, those of x.T if `both`, and the amax of x, or `amax`, raised to it."""
     x, row, tile = x.contiguous(), format_of(operand.format), operand.tile
     if both:
-        codes, s, codes_t, s_t, amax = run_quantize_both(x, scale, row, tile, power_of_two)
-        return Quantized(codes, s, tile, row), Quantized(codes_t, s_t, tile, row), amax
-    codes, s, amax = run_quantize(x, scale, row, tile, power_of_two)
-    return Quantized(codes, s, tile, row), None, amax
+        codes, s, codes_t, s_t, largest = run_quantize_both(x, scale, row, tile, power_of_two, amax=amax)
+        return Quantized(codes, s, tile, row), Quantized(codes_t, s_t, tile, row), largest
+    codes, s, largest = run_quantize(x, scale, row, tile, power_of_two, amax=amax)
+    return Quantized(codes, s, tile, row), None, largest
 
 
 class _Linear(torch.autograd.Function):

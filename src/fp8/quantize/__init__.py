@@ -161,20 +161,21 @@ def _seed(rounding: str, seed: int | None) -> int | None:
 # --------------------------------------------------------------------------- the two operators
 
 
-def run_quantize(x, scale, format, tile, power_of_two, seed=None, stream=0, backend=None):  # type: ignore[no-untyped-def]
-    """`reference.quantize` by the best backend, or as one operator under `torch.compile`. x is a checked matrix."""
+def run_quantize(x, scale, format, tile, power_of_two, seed=None, stream=0, backend=None, amax=None):  # type: ignore[no-untyped-def]
+    """`reference.quantize` by the best backend, or as one operator, which returns a new amax, under `torch.compile`. x
+    is a checked matrix."""
     if torch.compiler.is_compiling():
         return torch.ops.fp8.quantize(x, scale, format.name, str(tile), power_of_two, _signed(seed), stream)
-    return choose("quantize", BACKENDS, x, backend).run(x, scale, format, tile, power_of_two, seed, stream)
+    return choose("quantize", BACKENDS, x, backend).run(x, scale, format, tile, power_of_two, seed, stream, amax)
 
 
-def run_quantize_both(x, scale, format, tile, power_of_two, seed=None, stream=0, backend=None):  # type: ignore[no-untyped-def]
+def run_quantize_both(x, scale, format, tile, power_of_two, seed=None, stream=0, backend=None, amax=None):  # type: ignore[no-untyped-def]
     """`reference.quantize_both`, likewise."""
     if torch.compiler.is_compiling():
         out = torch.ops.fp8.quantize_both(x, scale, format.name, str(tile), power_of_two, _signed(seed), stream)
         codes, scale, codes_t, scale_t, amax = out
         return codes, scale, codes_t, scale.t() if tile.transposes else scale_t, amax
-    return choose("quantize_both", BACKENDS, x, backend).run(x, scale, format, tile, power_of_two, seed, stream)
+    return choose("quantize_both", BACKENDS, x, backend).run(x, scale, format, tile, power_of_two, seed, stream, amax)
 
 
 def _signed(seed: int | None) -> int | None:

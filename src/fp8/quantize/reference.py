@@ -34,30 +34,38 @@ LOW32 = 0xFFFFFFFF
 
 
 def quantize(
-    x: Tensor, scale: Tensor | None, format: Format, tile: Tile, power_of_two: bool, seed: int | None, stream: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, scale: Tensor | None, format: Format, tile: Tile, power_of_two: bool, seed: int | None, stream: int = 0,
+    amax: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`(codes [rows, cols], scale, finite amax of all of x)` of a matrix in FP32, BF16 or FP16.
 
     `scale=None` measures it; a given one (FP32, of the tile's scale shape) is used as it is. `seed=None` rounds to
-    nearest.
+    nearest. An `amax` (FP32 []) is raised in place and returned instead of a new one.
     """
     refuse_flushed_subnormals(x)
     x = x.float()
     words = None if seed is None else philox(x.numel(), seed, stream).view(x.shape)
-    return _quantize(x, scale, format, tile, power_of_two, words)
+    codes, scale, largest = _quantize(x, scale, format, tile, power_of_two, words)
+    return codes, scale, raised(amax, largest)
 
 
 def quantize_both(
-    x: Tensor, scale: Tensor | None, format: Format, tile: Tile, power_of_two: bool, seed: int | None, stream: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, scale: Tensor | None, format: Format, tile: Tile, power_of_two: bool, seed: int | None, stream: int = 0,
+    amax: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`quantize` of x and of x.T: `(codes, scale, codes_t [cols, rows], scale_t, amax)`; one draw serves both."""
     refuse_flushed_subnormals(x)
     x = x.float()
     words = None if seed is None else philox(x.numel(), seed, stream).view(x.shape)
-    codes, row_scale, amax = _quantize(x, scale, format, tile, power_of_two, words)
+    codes, row_scale, largest = _quantize(x, scale, format, tile, power_of_two, words)
     turned = None if words is None else words.t()
     codes_t, scale_t, _ = _quantize(x.t().contiguous(), scale, format, tile, power_of_two, turned)
-    return codes, row_scale, codes_t, scale_t, amax
+    return codes, row_scale, codes_t, scale_t, raised(amax, largest)
+
+
+def raised(amax: Tensor | None, largest: Tensor) -> Tensor:
+    """The larger of both, in place of `amax` where there is one."""
+    return largest if amax is None else amax.copy_(torch.maximum(amax, largest))
 
 
 def _quantize(x, scale, format, tile, power_of_two, words):  # type: ignore[no-untyped-def]

@@ -56,7 +56,7 @@ def plan(mode: str, both: bool) -> Plan:
 # --------------------------------------------------------------------------- one orientation: lines and rows
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "stream", "parts"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "stream", "parts"], do_not_specialize_on_alignment=["amax_ptr"])
 def cast_line(
     x_ptr, codes_ptr, scale_ptr, keys_ptr, amax_ptr, count, parts, seed_low, seed_high, stream,
     CURRENT: tl.constexpr, E4M3: tl.constexpr, POWER: tl.constexpr, STOCHASTIC: tl.constexpr, EVEN: tl.constexpr,
@@ -135,51 +135,53 @@ def cast_rows(
 
 
 def quantize(
-    x: Tensor, scale: Tensor | None, format: Format, tile: Tile, power_of_two: bool, seed: int | None, stream: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, scale: Tensor | None, format: Format, tile: Tile, power_of_two: bool, seed: int | None, stream: int = 0,
+    amax: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`reference.quantize` of a contiguous CUDA matrix: `(codes [rows, cols], scale, amax)`, equal in bytes.
 
     1x128 scales are stored column by column (strides 1 and rows), as cuBLASLt reads them; all others row by row.
     """
     if x.numel() == 0:
-        return reference.quantize(x, scale, format, tile, power_of_two, seed, stream)
+        return reference.quantize(x, scale, format, tile, power_of_two, seed, stream, amax)
     name = str(tile)
     codes = torch.empty_like(x, dtype=format.dtype)
     if name == "tensor":
-        scale, amax = _line(x, codes, scale, format, power_of_two, seed, stream)
+        scale, amax = _line(x, codes, scale, format, power_of_two, seed, stream, amax=amax)
     elif name == "row" and scale is None:
         scale, amax = _rows(x, codes, format, power_of_two, seed, stream)
     else:
-        scale, _, amax = _tiles(x, codes, None, scale, format, tile, power_of_two, seed, stream)
+        scale, _, amax = _tiles(x, codes, None, scale, format, tile, power_of_two, seed, stream, amax=amax)
     return codes, scale, amax
 
 
 def quantize_both(
-    x: Tensor, scale: Tensor | None, format: Format, tile: Tile, power_of_two: bool, seed: int | None, stream: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, scale: Tensor | None, format: Format, tile: Tile, power_of_two: bool, seed: int | None, stream: int = 0,
+    amax: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`reference.quantize_both` of a contiguous CUDA matrix: `(codes, scale, codes_t [cols, rows], scale_t, amax)`.
 
     The transposed codes leave four rows at a time, so an odd number of rows is filled up with zeros, which enter no
     statistic and come after every index of the random words, and cut off again: one copy more.
     """
     if x.numel() == 0:
-        return reference.quantize_both(x, scale, format, tile, power_of_two, seed, stream)
+        return reference.quantize_both(x, scale, format, tile, power_of_two, seed, stream, amax)
     rows = x.shape[0]
     if rows % 4:
         x = torch.nn.functional.pad(x, (0, 0, 0, -rows % 4))
     codes = torch.empty_like(x, dtype=format.dtype)
     codes_t = torch.empty(x.shape[::-1], dtype=format.dtype, device=x.device)
-    scale, scale_t, amax = _tiles(x, codes, codes_t, scale, format, tile, power_of_two, seed, stream)
+    scale, scale_t, amax = _tiles(x, codes, codes_t, scale, format, tile, power_of_two, seed, stream, amax=amax)
     if rows % 4:
         codes, codes_t = codes[:rows], codes_t[:, :rows].contiguous()
         scale = _cut(scale, tile, rows)
     return codes, scale, codes_t, scale_t, amax
 
 
-def _line(x, codes, scale, format, power_of_two, seed, stream, block=LINE, warps=8):  # type: ignore[no-untyped-def]
+def _line(x, codes, scale, format, power_of_two, seed, stream, block=LINE, warps=8, amax=None):  # type: ignore[no-untyped-def]
     """One scale, one orientation: `(scale, amax)`."""
     count, current = x.numel(), scale is None
-    keys, parts, scale, amax = _first_pass(x) if current else (scale, 1, scale, _zero(x))
+    keys, parts, scale, amax = _first_pass(x) if current else (scale, 1, scale, _zero(x) if amax is None else amax)
     cast_line[(triton.cdiv(count, block),)](
         x, codes, scale, keys, amax, count, parts, *_halves(seed), stream,
         CURRENT=current, E4M3=format.name == "e4m3", POWER=power_of_two, STOCHASTIC=seed is not None,
@@ -202,11 +204,11 @@ def _rows(x, codes, format, power_of_two, seed, stream):  # type: ignore[no-unty
     return scale, amax
 
 
-def _tiles(x, codes, codes_t, scale, format, tile, power_of_two, seed, stream, use=None):  # type: ignore[no-untyped-def]
+def _tiles(x, codes, codes_t, scale, format, tile, power_of_two, seed, stream, use=None, amax=None):  # type: ignore[no-untyped-def]
     """Everything that `cast_tiles` does: `(scale, scale_t, amax)`. `use` replaces the plan, for measurements."""
     (rows, cols), name, both, given = x.shape, str(tile), codes_t is not None, scale is not None
     mode = MODES[name]
-    keys, parts, amax, scale_t = x, 1, None, None
+    keys, parts, scale_t = x, 1, None
     if mode == "tensor" and not given:
         mode = "current"
         keys, parts, scale, amax = _first_pass(x)

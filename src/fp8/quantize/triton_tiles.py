@@ -279,6 +279,7 @@ def cast_rectangle(
 
 @triton.jit(
     do_not_specialize=["down", "across", "parts", "seed_low", "seed_high", "stream"],
+    do_not_specialize_on_alignment=["amax_ptr"],
 )
 def cast_tiles(
     x_ptr, codes_ptr, codes_t_ptr, scale_ptr, scale_t_ptr, keys_ptr, amax_ptr,

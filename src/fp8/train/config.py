@@ -94,6 +94,7 @@ class TrainConfig:
     device: str = setting(str, "auto", "auto, cpu, cuda or cuda:N")
     deterministic: bool = setting(bool, True, "on a GPU, the same bits in every run (attention's backward is slower)")
     compile: bool = setting(bool, False, "run the model through torch.compile")
+    graph: bool = setting(bool, False, "replay forward and backward as one CUDA graph: for small models on a GPU")
     out: str = setting(str, "runs/train", "folder for checkpoints, tokens and metrics")
 
     def __post_init__(self) -> None:
@@ -104,6 +105,7 @@ class TrainConfig:
                 object.__setattr__(self, one.name, checked(one, getattr(self, one.name)))
         self._check_heads()
         self._check_moments()
+        self._check_graph()
         if self.warmup_steps is not None and self.warmup_steps > self.steps:
             raise ConfigError(
                 f"warmup_steps={self.warmup_steps} is longer than the run of steps={self.steps}; lower it."
@@ -112,6 +114,13 @@ class TrainConfig:
     def _check_moments(self) -> None:
         if self.moments != "fp32" and self.optimizer != "fp8":
             raise ConfigError(f"moments={self.moments!r} is a setting of fp8.AdamW: add optimizer='fp8'.")
+
+    def _check_graph(self) -> None:
+        if self.graph and (self.device == "cpu" or self.loss_scale != "none"):
+            raise ConfigError(
+                "graph=True replays a CUDA graph, so it needs a GPU, and a loss scale is looked at between the kernels "
+                f"that a graph replays: not with device={self.device!r}, loss_scale={self.loss_scale!r}."
+            )
 
     def _check_heads(self) -> None:
         hidden, heads, kv = (self.sizes[k] for k in ("hidden_size", "num_attention_heads", "num_kv_heads"))

@@ -26,6 +26,7 @@ from ..errors import ConfigError
 from ..recipe import OPERANDS
 from . import checkpoint
 from . import resume as resuming
+from .captured import Captured
 from .config import TrainConfig
 from .determinism import deterministic
 from .divergence import Health
@@ -59,6 +60,7 @@ class Trainer:
         self.run = checkpoint.Run(self.model, optimizer, scaler)
         self._attached = attach(self.run, config)
         self._forward = torch.compile(self.model) if config.compile else self.model
+        self._measured = Captured(self._measure, self.model, self.device) if config.graph else self._measure
         self._health = Health()
 
     @property
@@ -77,22 +79,22 @@ class Trainer:
         """One update: its line of the log. `DivergedError`, before the update, where loss or gradient is lost."""
         start, rate = time.perf_counter(), learning_rate(self.step, self.config)
         scale = self.run.scaler.get_scale() if self.run.scaler else 1.0
-        loss, norm = torch.stack([self._gradients(), self._clipped_norm()]).tolist()
+        loss, norm = self._measured(batches(self.tokens.train, self.config, self.step)).tolist()
         skipped = self._health.skips(self.step + 1, loss, norm, self.run.scaler is not None)
         self._update(rate)
         speed = self.config.tokens_per_step / (time.perf_counter() - start)
         return {"kind": "step", "step": self.step, "loss": loss, "lr": rate, "grad_norm": norm, "loss_scale": scale,
                 "skipped": skipped, "tokens_per_second": round(speed, 1), "time": round(time.time(), 3)}  # fmt: skip
 
-    def _gradients(self) -> Tensor:
-        """Add up the gradients of the step's micro-batches; their mean loss."""
+    def _measure(self, batch: Sequence[Tensor]) -> Tensor:
+        """Add up the gradients of micro-batches and clip them: `[mean loss, norm before clipping]`."""
         losses = []
-        for rows in batches(self.tokens.train, self.config, self.step):
+        for rows in batch:
             loss = self.loss(rows)
             share = loss / self.config.gradient_accumulation
             (self.run.scaler.scale(share) if self.run.scaler else share).backward()
             losses.append(loss.detach())
-        return torch.stack(losses).mean()
+        return torch.stack([torch.stack(losses).mean(), self._clipped_norm()])
 
     def _clipped_norm(self) -> Tensor:
         """Unscale and clip the gradient; its norm before clipping."""

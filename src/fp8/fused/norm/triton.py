@@ -24,7 +24,7 @@ from ..both import Room, both, norm_source
 from ..target import Codes, Target
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["amax_ptr"])
 def norm_rows(
     x_ptr, branch_ptr, weight_ptr, h_ptr, rstd_ptr, y_ptr, scale_ptr, keys_t_ptr, amax_ptr,
     rows, cols, eps, stride_r, stride_c,
