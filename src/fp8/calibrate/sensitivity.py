@@ -253,9 +253,9 @@ def divergence(reference: Tensor, logits: Tensor, at_once: int = 256) -> float:
     return total
 
 
-def token_loss(logits: Tensor, row: Tensor) -> float:
-    """The sum of the cross entropies of a row's tokens after its first."""
-    return float(F.cross_entropy(logits[:-1].float(), row[1:], reduction="none").double().sum())
+def token_losses(logits: Tensor, row: Tensor) -> Tensor:
+    """The cross entropy of each of a row's tokens after its first, FP64 [T - 1]."""
+    return F.cross_entropy(logits[:-1].float(), row[1:], reduction="none").double()
 
 
 def drawn(logits: Tensor, seed: int) -> Tensor:
@@ -370,7 +370,7 @@ class Sums:
     def count(self, logits: Tensor, row: Tensor) -> None:
         self.tokens += len(row)
         self.scored += len(row) - 1
-        self.loss += token_loss(logits, row)
+        self.loss += float(token_losses(logits, row).sum())
 
     def result(
         self, places: Mapping[str, Place], watched: Mapping[str, Watched], not_measured: tuple[str, ...]
