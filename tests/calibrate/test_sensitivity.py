@@ -75,7 +75,7 @@ def test_the_model_is_left_as_it_was(folder):
         before = s.logits_of(runner.model, ROWS[0]).detach()
         s.measure(runner.model, source, codes, ROWS[:1])
         assert torch.equal(s.logits_of(runner.model, ROWS[0]), before)
-        assert all(type(m).forward is m.forward.__func__ for _, m in s.repeated(runner.model))
+        assert not any("forward" in vars(block) for _, block in s.repeated(runner.model))
 
 
 def test_a_layer_that_rounds_nothing_costs_nothing(folder, tmp_path):
@@ -147,7 +147,7 @@ def test_impact_per_byte_goes_first():
 def test_a_budget_is_said_in_percent():
     assert room.parse_budget(" 0.5% ") == 0.5
     for wrong in ("0.5", "half%", ""):
-        with pytest.raises(ConfigError, match="--budget 0.5%"):
+        with pytest.raises(ConfigError, match=r"--budget 0\.5%"):
             room.parse_budget(wrong)
     with pytest.raises(ConfigError, match="between 0 and 100"):
         room.Budget(0.0)

@@ -63,7 +63,7 @@ def quantize_command(
 
     [cyan]fp8 quantize models/SmolLM2 out --skip '*.down_proj' --no-kv-cache[/]
 
-    [cyan]fp8 quantize models/SmolLM2 out --budget 0.5%[/]  the layers that cost most stay, until perplexity rises by less
+    [cyan]fp8 quantize models/SmolLM2 out --budget 0.5%[/]  what costs most stays, until perplexity rises by less
     """
     from ..checkpoint.quantize import Options
     from ..train.finished import is_run
@@ -119,7 +119,7 @@ def generates(source: Any) -> bool:
 
 
 @contextmanager
-def bars(console: Console) -> Iterator[tuple[Any, Any]]:
+def bars(console: Console) -> Iterator[tuple[Any, Any, Any]]:
     """Bars for rows of text, groups of layers, and bytes written, which appear when something moves."""
     rows, groups = (
         Progress(TextColumn(word), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
@@ -178,12 +178,13 @@ def told_of_budget(how: Mapping[str, Any]) -> list[str]:
         return []
     check, seen = how["held_out"], how["sensitivity"]
     low, high = check["interval"]
+    rise = {key: f"{value:+.2f} %" for key, value in {**how, **check}.items() if key.endswith("percent")}
     lines = [
-        f"  budget {how['percent']:g} % of perplexity: {len(how['kept'])} of {len(seen['groups'])} groups stay; predicted "
-        f"{how['predicted_percent']:+.2f} %, all in FP8 {how['all_in_fp8_percent']:+.2f} % (KL on {seen['tokens']:,} "
-        "tokens)",
-        f"  checked on {check['tokens']:,} other tokens: perplexity {check['percent']:+.2f} % ({low:+.2f} to {high:+.2f}): "
-        f"{check['verdict']}; by KL, which varies less, {check['kl_percent']:+.2f} %: {check['kl_verdict']}",
+        f"  budget {how['percent']:g} % of perplexity: {len(how['kept'])} of {len(seen['groups'])} groups stay; "
+        f"predicted {rise['predicted_percent']}, with all in FP8 {rise['all_in_fp8_percent']} "
+        f"(KL on {seen['tokens']:,} tokens)",
+        f"  checked on {check['tokens']:,} other tokens: perplexity {rise['percent']} ({low:+.2f} to {high:+.2f}), "
+        f"{check['verdict']}; by KL, which varies less, {rise['kl_percent']}, {check['kl_verdict']}",
     ]
     if seen["not_measured"]:
         lines.append(f"  in FP8 and not measured: {len(seen['not_measured'])} experts")

@@ -101,10 +101,10 @@ class Sensitivity:
 
     @staticmethod
     def from_dict(plain: Mapping[str, Any]) -> Sensitivity:
-        given = {k: v for k, v in plain.items() if k != "interaction"}
-        layers = tuple(LayerError(**row) for row in given.pop("layers"))
-        groups = tuple(Group(**row | {"layers": tuple(row["layers"])}) for row in given.pop("groups"))
-        return Sensitivity(layers=layers, groups=groups, **given | {"not_measured": tuple(given["not_measured"])})
+        layers = tuple(LayerError(**row) for row in plain["layers"])
+        groups = tuple(Group(**row | {"layers": tuple(row["layers"])}) for row in plain["groups"])
+        rest = tuple(plain["not_measured"])
+        return Sensitivity(plain["tokens"], plain["loss"], plain["together"], layers, groups, rest)
 
 
 def measure(

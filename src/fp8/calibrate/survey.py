@@ -80,7 +80,8 @@ def survey(
         "calibration": own.get("calibration"), "budget": budget or None,
         "bytes": sizes(folder), "speed": {gpu: speed(folder, gpu) for gpu in ("H200", "H100")},
         "weights": weights, "kept": kept(folder), "scales": scale_counts(folder), "kv": kv_scales(folder),
-        "sensitivity": sensitivity, "sensitivity_from": None if sensitivity is None else "text" if reading else "budget",
+        "sensitivity": sensitivity,
+        "sensitivity_from": None if sensitivity is None else "text" if reading else "budget",
         "unlike": [w["name"] for w in weights if w["sqnr"] is not None and w["sqnr"] < UNLIKE],
     }  # fmt: skip
 

@@ -51,8 +51,8 @@ def pictures(data: Data) -> dict[str, list[Markup]]:
         ],
         "inputs": [
             draw(seen["layers"], lambda r: r["input_sqnr"], "input-sqnr", "Inputs: signal to noise", "dB"),
-            draw(seen["layers"], lambda r: 100 * r["saturated"], "in-saturated", "Inputs at the largest code", "percent"),
-            draw(seen["layers"], lambda r: 100 * r["flushed"], "in-flushed", "Inputs flushed to zero", "percent"),
+            draw(seen["layers"], lambda r: 100 * r["saturated"], "x-high", "Inputs at the largest code", "percent"),
+            draw(seen["layers"], lambda r: 100 * r["flushed"], "x-flushed", "Inputs flushed to zero", "percent"),
         ],
         "outliers": [
             draw(weights, lambda r: r["outlier_ratio"], "w-ratio", "Weights: largest channel", "over the median", True),
@@ -149,9 +149,10 @@ def _row(label: str, model: str, folders: Mapping[str, str], figure: Data) -> Da
     loss = figure.get("loss")
     ends = (None, None) if loss is None else (loss["low"], loss["high"])
     return {
-        "label": label, "model": model, "folder": folders[model], "base": loss is None, "value": figure["value"]["value"],
-        "items": figure["value"]["units"], "loss": None if loss is None else loss["value"], "low": ends[0],
-        "high": ends[1], "unit": figure.get("loss_unit", ""), "verdict": figure.get("verdict", "base"),
+        "label": label, "model": model, "folder": folders[model], "base": loss is None,
+        "value": figure["value"]["value"], "items": figure["value"]["units"],
+        "loss": None if loss is None else loss["value"], "low": ends[0], "high": ends[1],
+        "unit": figure.get("loss_unit", ""), "verdict": figure.get("verdict", "base"),
         "interval": "unknown" if None in ends else f"{ends[0]:+.2f} to {ends[1]:+.2f}",
     }  # fmt: skip
 

@@ -42,7 +42,7 @@ def report_command(
 
     [cyan]fp8 report out[/]  what the file alone tells: out.html and out.json
 
-    [cyan]fp8 report out --against models/SmolLM2 --text moby-dick[/]  what rounding lost, and what the model loses by it
+    [cyan]fp8 report out --against models/SmolLM2 --text moby-dick[/]  what rounding lost, and what that costs
 
     [cyan]fp8 report out --against models/SmolLM2 --eval eval.json -o smollm2.html[/]  with perplexity and tasks
     """

@@ -57,8 +57,9 @@ def html(results: dict[str, Any]) -> str:
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     names = table.heads(results)
     return page.from_string(source).render(
-        results=results, style=Markup(style), names=names, heads=names, rows=table.rows(results), verdict=table.verdict(results),
-        caption=table.caption(results), roles=figures.ROLES, products=PRODUCTS, pictures=pictures(results),
+        results=results, style=Markup(style), names=names, heads=names, rows=table.rows(results),
+        verdict=table.verdict(results), caption=table.caption(results),
+        roles=figures.ROLES, products=PRODUCTS, pictures=pictures(results),
         missing=MISSING, parts=dict(zip(figures.PARTS, ("one", "two", "three", "four"), strict=True)),
     )  # fmt: skip
 
