@@ -142,3 +142,12 @@ def test_what_cannot_be_run_is_refused(model, written, tmp_path):
     ours = Auto.from_pretrained(written / "dynamic", config=hf.serving(written / "dynamic"))
     with pytest.raises(ValueError, match="not serializable"):
         ours.save_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.gpu
+def test_codes_go_to_the_gpu_with_the_model(written):
+    ours = Auto.from_pretrained(written / "dynamic", config=hf.serving(written / "dynamic")).to("cuda")
+    assert all(ours.get_submodule(name).codes.is_cuda for name in frozen_names(ours))
+    with torch.no_grad():
+        near = frozen_model(Fp8Folder.open(written / "dynamic")).cuda()(input_ids=ROWS.cuda()).logits
+        assert torch.equal(ours(input_ids=ROWS.cuda()).logits, near)

@@ -202,5 +202,15 @@ def test_what_cannot_be_chosen_is_said(folder, tmp_path):
         quantize_folder(folder, tmp_path / "out", choose=room.Budget(1e-9, samples=2, length=24))
     assert not list(tmp_path.glob("out*"))
     bert = tiny_models.build(tmp_path / "bert", "bert")
-    with pytest.raises(DataError, match="predicts no next token"):
+    with pytest.raises(DataError, match="does not predict each next token"):
         quantize_folder(bert, tmp_path / "out", choose=room.Budget(1.0, samples=2, length=24))
+
+
+@pytest.mark.gpu
+def test_a_gpu_measures_what_a_cpu_measures(folder, seen):
+    source, _, codes = parts(folder)
+    with run_model(source, "cuda", False, head=True) as runner:
+        there = s.measure(runner.model.float(), source, codes, ROWS)
+    assert there.together == pytest.approx(seen.together, rel=0.1)
+    assert [g.kl for g in there.groups] == pytest.approx([g.kl for g in seen.groups], rel=0.2)
+    assert [g.fisher for g in there.groups] == pytest.approx([g.fisher for g in seen.groups], rel=0.5)

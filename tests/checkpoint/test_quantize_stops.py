@@ -258,7 +258,7 @@ def test_two_processes_do_not_make_one_folder(models, tmp_path):
     other = subprocess.Popen([sys.executable, "-c", HOLDING, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with other:
         assert other.stdout.readline().strip() == b"held"
-        with pytest.raises(CheckpointError, match="another process is making .*out"):
+        with pytest.raises(CheckpointError, match=r"another process is making .*out"):
             quantize_folder(models["llama"], out)
         other.kill()  # and lets go of it
     assert (tmp_path / "out.partial.lock").exists()

@@ -151,8 +151,10 @@ class Place:
 
 
 def refuse_unfit(model: nn.Module) -> None:
-    if not getattr(model, "can_generate", lambda: False)():
-        raise DataError("this model predicts no next token: what its loss is sensitive to cannot be measured.")
+    if not getattr(model, "can_generate", lambda: False)() or getattr(model.config, "is_encoder_decoder", False):
+        raise DataError(
+            "this model does not predict each next token: what its loss is sensitive to cannot be measured."
+        )
     if any(p.is_meta for p in model.parameters()):
         raise DataError(
             "sensitivity needs the whole model in memory (a backward pass runs through it), and this one does not fit: "

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .figures import FAINT, HIGH, INK, SERIES, legend, panel, power, svg
+from .figures import FAINT, HIGH, INK, SERIES, SIZE, panel, power, svg
 
 Row = Mapping[str, Any]
 KINDS = ("into attention", "out of attention", "into MLP", "out of MLP", "other")
@@ -52,20 +52,21 @@ def by_depth(rows: Iterable[Row], value: Callable[[Row], float | None], key: str
         place = {"color": COLOURS[kind], "marker": MARKS[kind], "linestyle": "none", "markersize": 4, "alpha": 0.85}
         axes.plot(*zip(*points[kind], strict=True), label=KINDS[kind], **place)
     if log:
-        logarithmic(axes)
+        axes.set_yscale("log")
+        plain_numbers(axes.yaxis)
     elif unit == "percent":
         axes.set_ylim(bottom=0)
     return svg(figure, key)
 
 
-def logarithmic(axes: Any) -> None:
-    """A logarithmic y axis with plain numbers, three a decade."""
+def plain_numbers(axis: Any) -> None:
+    """Plain numbers on a logarithmic axis, three a decade, or one where there are many."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def name_of(row: Row) -> str:
@@ -106,6 +107,8 @@ def estimate_against_measure(groups: Sequence[Row]) -> str:
         axes.plot(*zip(*xy, strict=True), color=COLOURS[kind], marker=MARKS[kind], linestyle="none", markersize=4)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    plain_numbers(axes.xaxis)
+    plain_numbers(axes.yaxis)
     return svg(figure, "fisher")
 
 
@@ -138,7 +141,8 @@ def kv_heat(kv: Sequence[Row], which: str) -> str:
 
 def losses(rows: Sequence[Row]) -> str:
     """What each measurement lost, with its interval; a row a measurement, all of one unit."""
-    figure, axes = panel(xlabel="loss (percent of perplexity, or points)", title="Against the base")
+    figure, axes = panel(xlabel="loss: percent or points", title="Against the base")
+    figure.set_size_inches(SIZE[0], 1.0 + 0.4 * len(rows))
     for at, row in enumerate(rows):
         colour = COLOURS[at % len(SERIES)]
         if row["low"] is not None and row["high"] is not None:
@@ -147,5 +151,4 @@ def losses(rows: Sequence[Row]) -> str:
     axes.axvline(0, color=HIGH, linewidth=1)
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    legend(axes)
     return svg(figure, "losses")
