@@ -35,9 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint.fp8_folder import Fp8Folder
-from .checkpoint.frozen import Layer, by_rows, frozen
+from .checkpoint.frozen import Layer, frozen
 from .checkpoint.layers import choose_layers, linear_layers, need_transformers
-from .checkpoint.quantize import Options, TensorScales, quantize_weight, refuse_types
+from .checkpoint.quantize import Options, quantize_weight, refuse_types
 from .checkpoint.source import Source
 from .errors import CheckpointError, ConfigError
 
@@ -109,7 +109,10 @@ class Fp8Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **named: Any) -> Any:
         if not checkpoint_files:
-            raise CheckpointError("FP8 layers are read from the files of a checkpoint: name its folder, not a state.")
+            raise CheckpointError(
+                f"FP8 layers are read from files, and transformers {need_transformers().__version__} named none: give the "
+                "folder of a checkpoint (not a state_dict), and transformers 5 or newer."
+            )
         source = Source.open(Path(checkpoint_files[0]).parent)
         self.modules = dict(linear_layers(source, model))
         self.layer, names = self.from_codes(source) if self.pre_quantized else self.from_weights(source, model)
@@ -137,12 +140,9 @@ class Fp8Quantizer(HfQuantizer):
         options = self.quantization_config.options()
         layers = choose_layers(source, model, options.skip, options.head)
         refuse_types(source, layers)
-        scales = TensorScales(source, layers, options)
 
         def made(name: str) -> Layer:
-            weight = source.read(f"{name}.weight")
-            scale = scales.of(name) if options.layout.per_tensor else None
-            return by_rows(quantize_weight(weight, options.layout, scale)), options.layout, None
+            return quantize_weight(source.read(f"{name}.weight"), options.layout), options.layout, None
 
         return made, list(layers.fp8)
 

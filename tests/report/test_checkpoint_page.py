@@ -14,11 +14,14 @@ import tiny_models
 from balanced_html import Balanced
 from fp8.calibrate.budget import Budget
 from fp8.calibrate.survey import Reading, survey
+from fp8.checkpoint import load, save
+from fp8.checkpoint.convert import convert_folder
 from fp8.checkpoint.quantize import Options, Scales, quantize_folder
 from fp8.cli import main
 from fp8.cost import rates
 from fp8.cost.serving import Served, decode_seconds, prompt_seconds
 from fp8.errors import CheckpointError, DataError
+from fp8.nn import convert
 from fp8.report import checkpoint_page
 from fp8.report.checkpoint_page import judged, page
 
@@ -146,6 +149,19 @@ def test_without_matplotlib_the_page_says_how_to_get_pictures(data, monkeypatch)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     html = page(data)
     assert "<svg" not in html and "pip install &#39;fp8[report]&#39;" in html and "Every layer" in html
+
+
+def test_other_formats_and_our_own_decoder_have_a_report_too(models, tmp_path, undrawn):
+    quantize_folder(models[0], tmp_path / "block", Options("block"))
+    convert_folder(tmp_path / "block", tmp_path / "hf", "huggingface-fp8")
+    decoder = load(models[0])
+    convert(decoder, "rowwise")
+    save(decoder, tmp_path / "own", "bytes")
+    for folder in ("block", "hf", "own"):
+        seen = survey(tmp_path / folder)
+        assert seen["bytes"]["total"] == sum(t.nbytes for t in tiny_models.tensors(tmp_path / folder).values())
+        assert len(seen["weights"]) == 14 and seen["kept"] == ["lm_head"]
+        assert "Every layer" in page(seen | {"judged": []})
 
 
 # --------------------------------------------------------------------------- judgements
