@@ -110,8 +110,8 @@ class Fp8Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **named: Any) -> Any:
         if not checkpoint_files:
             raise CheckpointError(
-                f"FP8 layers are read from files, and transformers {need_transformers().__version__} named none: give the "
-                "folder of a checkpoint (not a state_dict), and transformers 5 or newer."
+                f"FP8 layers are read from files, and transformers {need_transformers().__version__} named none: give "
+                "the folder of a checkpoint (not a state_dict), and transformers 5 or newer."
             )
         source = Source.open(Path(checkpoint_files[0]).parent)
         self.modules = dict(linear_layers(source, model))

@@ -179,8 +179,16 @@ def test_the_check_measures_what_was_written(folder, tmp_path, some):
     text = room.rows_of(room.read_texts(some.texts), room.tokenizer_for(folder, None), 4, 24, 260)[1::2]
     with run_model(source, "cpu", False, head=True) as runner, torch.no_grad():
         kl = sum(s.divergence(s.logits_of(runner.model, row), s.logits_of(model, row)) for row in text)
-    assert told["held_out"]["kl_percent"] == room.percent_of(kl / text.numel())
+    check = told["held_out"]
+    assert check["kl_percent"] == pytest.approx(room.percent_of(kl / text.numel()), rel=1e-9)
+    assert check["kl_interval"][0] < check["kl_percent"] < check["kl_interval"][1]
     assert told["held_out"]["tokens"] == text.numel() == 48
+
+
+def test_a_verdict_is_a_word_for_an_interval():
+    rise = [torch.full((32,), 0.01 + 0.001 * sign) for sign in (-1, 1, -1, 1)]
+    words = [room.judged(rise, percent)["verdict"] for percent in (0.5, 1.0, 2.0)]
+    assert words == ["above", "inconclusive", "within"]
 
 
 def test_the_choice_survives_an_interruption(folder, tmp_path, some, monkeypatch):

@@ -10,7 +10,7 @@ knapsack's usual approximation: exact choice would move one group at the edge.
 
 Rows of text alternate: every other one chooses, and the ones between, which chose nothing, check. There the model is
 measured as it is and as it was chosen: the rise of its loss, with a 95 % interval over blocks of 32 tokens (paired: the
-same tokens), and the KL. A prediction is what the arithmetic says; the check is what happened.
+same tokens), and the KL with its own. A prediction is what the arithmetic says; the check is what happened.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..checkpoint.source import Source
 from ..errors import ConfigError
 from ..train.loop import device_of
 from .running import run_model
-from .sensitivity import Group, Sensitivity, divergence, logits_of, measure, placed, put, token_losses
+from .sensitivity import Group, Sensitivity, divergences, logits_of, measure, placed, put, token_losses
 from .text import digest, read_texts, rows_of, tokenizer_for
 
 NORMAL = 1.959964  # of a 95 % interval
@@ -186,21 +186,23 @@ def held_out(
 ) -> dict[str, Any]:
     """The model with these layers in FP8 against itself, on text that chose nothing."""
     places = placed(model, source, layers)
-    rises, kl, tokens = [], 0.0, 0
+    rises, kl = [], []
     for row in rows.to(next(model.parameters()).device):
         logits = logits_of(model, row)
         with put(model, places, list(places)):
             chosen = logits_of(model, row)
         rises += (token_losses(chosen, row) - token_losses(logits, row)).split(BLOCK)
-        kl, tokens = kl + divergence(logits, chosen), tokens + len(row)
-    mean, half = interval(rises)  # of blocks, each as long as it is
-    ends = [percent_of(end) for end in (mean - half, mean + half)]
-    by_kl = percent_of(kl / tokens)
-    return {
-        "tokens": tokens, "percent": percent_of(mean), "interval": ends, "kl_percent": by_kl,
-        "verdict": "within" if ends[1] <= percent else "above" if ends[0] > percent else "inconclusive",
-        "kl_verdict": "within" if by_kl <= percent else "above",
-    }  # fmt: skip
+        kl += divergences(logits, chosen).split(BLOCK)
+    loss, by_kl = judged(rises, percent), judged(kl, percent)
+    return {"tokens": rows.numel(), **loss, **{f"kl_{key}": value for key, value in by_kl.items()}}
+
+
+def judged(nats: Sequence[Tensor], percent: float) -> dict[str, Any]:
+    """A rise in nats, in blocks of tokens, as percent of perplexity: with its interval, and what that says."""
+    mean, half = interval(nats)
+    low, high = (percent_of(end) for end in (mean - half, mean + half))
+    verdict = "within" if high <= percent else "above" if low > percent else "inconclusive"
+    return {"percent": percent_of(mean), "interval": [low, high], "verdict": verdict}
 
 
 def interval(blocks: Sequence[Tensor]) -> tuple[float, float]:

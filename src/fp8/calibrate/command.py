@@ -177,14 +177,15 @@ def told_of_budget(how: Mapping[str, Any]) -> list[str]:
     if not how:
         return []
     check, seen = how["held_out"], how["sensitivity"]
-    low, high = check["interval"]
+    ends = {key: "{:+.2f} to {:+.2f}".format(*check[key]) for key in ("interval", "kl_interval")}
     rise = {key: f"{value:+.2f} %" for key, value in {**how, **check}.items() if key.endswith("percent")}
     lines = [
         f"  budget {how['percent']:g} % of perplexity: {len(how['kept'])} of {len(seen['groups'])} groups stay; "
         f"predicted {rise['predicted_percent']}, with all in FP8 {rise['all_in_fp8_percent']} "
         f"(KL on {seen['tokens']:,} tokens)",
-        f"  checked on {check['tokens']:,} other tokens: perplexity {rise['percent']} ({low:+.2f} to {high:+.2f}), "
-        f"{check['verdict']}; by KL, which varies less, {rise['kl_percent']}, {check['kl_verdict']}",
+        f"  checked on {check['tokens']:,} other tokens: perplexity {rise['percent']} ({ends['interval']}), "
+        f"{check['verdict']}; by KL, which varies less, {rise['kl_percent']} ({ends['kl_interval']}), "
+        f"{check['kl_verdict']}",
     ]
     if seen["not_measured"]:
         lines.append(f"  in FP8 and not measured: {len(seen['not_measured'])} experts")

@@ -246,13 +246,18 @@ def logits_of(model: nn.Module, row: Tensor) -> Tensor:
     return model(input_ids=row[None], use_cache=False).logits[0]
 
 
-def divergence(reference: Tensor, logits: Tensor, at_once: int = 256) -> float:
+def divergence(reference: Tensor, logits: Tensor) -> float:
     """The sum over positions of KL(p || q), in nats; p from `reference`, q from `logits`, both [T, V]."""
-    total = 0.0
+    return float(divergences(reference, logits).sum())
+
+
+def divergences(reference: Tensor, logits: Tensor, at_once: int = 256) -> Tensor:
+    """KL(p || q) of each position, FP64 [T]."""
+    found = []
     for p, q in zip(reference.split(at_once), logits.split(at_once), strict=True):
         log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-        total += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
-    return total
+        found.append((log_p.exp() * (log_p - log_q)).sum(-1).double())
+    return torch.cat(found)
 
 
 def token_losses(logits: Tensor, row: Tensor) -> Tensor:

@@ -90,12 +90,12 @@ def summary(data: Data) -> Iterator[tuple[str, str]]:
     if ratios := [row["sqnr"] for row in data["weights"] if row["sqnr"] is not None]:
         yield "weights, signal to noise", f"{min(ratios):.1f} to {max(ratios):.1f} dB"
     if budget := data["budget"]:
-        low, high = budget["held_out"]["interval"]
+        check = budget["held_out"]
+        ends, by_kl = ("{:+.2f} to {:+.2f}".format(*check[key]) for key in ("interval", "kl_interval"))
         yield (
             f"budget {budget['percent']:g} % of perplexity",
-            f"predicted {budget['predicted_percent']:+.2f} %; on {budget['held_out']['tokens']:,} held-out tokens "
-            f"{budget['held_out']['percent']:+.2f} % ({low:+.2f} to {high:+.2f}), by KL "
-            f"{budget['held_out']['kl_percent']:+.2f} %",
+            f"predicted {budget['predicted_percent']:+.2f} %; on {check['tokens']:,} held-out tokens "
+            f"{check['percent']:+.2f} % ({ends}), by KL {check['kl_percent']:+.2f} % ({by_kl}): {check['kl_verdict']}",
         )
     for row in data["judged"]:
         if row["loss"] is not None:
