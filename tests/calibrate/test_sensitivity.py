@@ -69,6 +69,31 @@ def test_blocks_before_a_change_need_not_run(folder, monkeypatch, seen):
     assert measured(folder) == seen
 
 
+def test_a_block_that_is_passed_twice_is_run_twice(folder):
+    source, _, codes = parts(folder)
+    seen = []
+    for replayed in (True, False):
+        with run_model(source, "cpu", False, head=True) as runner, pytest.MonkeyPatch.context() as patch:
+            inner = runner.model.model
+            inner.layers[1].register_forward_hook(lambda m, args, out, i=inner: i.layers[0](out, **i.kept))
+            inner.layers[0].register_forward_pre_hook(
+                lambda m, args, named, i=inner: setattr(i, "kept", named), with_kwargs=True
+            )
+            if not replayed:
+                patch.setattr(s.Replay, "before", lambda self, modules: s.ExitStack())
+            seen.append(s.measure(runner.model, source, codes, ROWS[:1]))
+    assert seen[0] == seen[1]
+
+
+def test_a_model_that_lies_on_disk_is_refused(folder):
+    source, _, codes = parts(folder)
+    with (
+        run_model(source, "cpu", True, head=True) as runner,
+        pytest.raises(DataError, match="whole model in memory"),
+    ):
+        s.measure(runner.model, source, codes, ROWS)
+
+
 def test_the_model_is_left_as_it_was(folder):
     source, _, codes = parts(folder)
     with run_model(source, "cpu", False, head=True) as runner:

@@ -197,16 +197,19 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 class Replay:
-    """What each block gave, so that blocks before a change need not run again."""
+    """What each block gave, so that blocks before a change need not run again. Where a model passes one block twice,
+    or has no list of blocks, all of it runs."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.blocks = repeated(model)
+        self.blocks = repeated(model) if any(isinstance(m, nn.ModuleList) for m in model.modules()) else []
         self.given: list[Any] = [None] * len(self.blocks)
+        self.once = True
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         def keep(at: int) -> Callable[..., None]:
             def hook(block: nn.Module, args: Any, out: Any) -> None:
+                self.once = self.once and self.given[at] is None
                 self.given[at] = out
 
             return hook
@@ -223,7 +226,7 @@ class Replay:
         """Blocks before the first that holds one of these modules give what they gave."""
         first = next((at for at, (name, _) in enumerate(self.blocks) if modules[0].startswith(name + ".")), 0)
         with ExitStack() as stack:
-            for at in range(first):
+            for at in range(first if self.once else 0):
                 stack.enter_context(giving(self.blocks[at][1], self.given[at]))
             yield
 
