@@ -35,7 +35,7 @@ ROOMS: tuple[str, ...] = (
         "cost",
         "fused",
     ),
-    *("attention", "distributed", "nn", "models", "checkpoint", "train", "calibrate", "evaluate", "serve"),
+    *("attention", "distributed", "nn", "models", "checkpoint", "train", "calibrate", "evaluate", "hf", "serve"),
     *("report", "advise", "playground", "bench", "demo", "cli", "__main__"),
 )
 NAMELESS = {"utils", "util", "common", "core", "helpers", "helper", "base", "misc"}

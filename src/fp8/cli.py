@@ -23,6 +23,7 @@ from .calibrate.command import quantize_command, verify_command
 from .checkpoint.command import convert_command, lint_command
 from .errors import Fp8Error
 from .evaluate.command import command as eval_command
+from .report.command import report_command
 from .train.command import command as train_command
 
 app = typer.Typer(
@@ -163,6 +164,7 @@ app.command("convert")(convert_command)
 app.command("lint")(lint_command)
 app.command("verify")(verify_command)
 app.command("eval")(eval_command)
+app.command("report")(report_command)
 
 
 @app.command()

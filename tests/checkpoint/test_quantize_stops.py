@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -240,3 +242,25 @@ def test_what_stays_does_not_overflow_its_new_type(models, tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds numbers beyond float16"):
         quantize_folder(model, tmp_path / "out", Options(dtype="float16"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+HOLDING = """
+import sys, pathlib
+from fp8.checkpoint.partial import alone
+with alone(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_do_not_make_one_folder(models, tmp_path):
+    out = tmp_path / "out"
+    other = subprocess.Popen([sys.executable, "-c", HOLDING, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with other:
+        assert other.stdout.readline().strip() == b"held"
+        with pytest.raises(CheckpointError, match=r"another process is making .*out"):
+            quantize_folder(models["llama"], out)
+        other.kill()  # and lets go of it
+    assert (tmp_path / "out.partial.lock").exists()
+    assert quantize_folder(models["llama"], out).folder.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -120,8 +120,7 @@ def test_a_scheme_judged_beforehand_equals_the_checkpoint_that_is_exported(
 def test_the_json_is_enough_to_compute_every_interval_again(llama: Path, text: Path, tmp_path: Path) -> None:
     base = ModelSpec(llama)
     told = judge([base, *variants(base, ["int8"])], measurements(text), out=tmp_path / "out")
-    told.write(tmp_path / "out.json")
-    plain = json.loads((tmp_path / "out.json").read_text())
+    plain = json.loads(json.dumps(told.to_dict(), allow_nan=False))
     one, other = plain["measurements"]["text.txt"]
     off = ratio_mean([m["nll"] - b["nll"] for m, b in zip(other["records"], one["records"], strict=True)],
                      [b["tokens"] for b in one["records"]])  # fmt: skip
@@ -159,6 +158,18 @@ def test_both_engines_multiply_the_codes_of_a_checkpoint(llama: Path, tmp_path: 
     assert float((a - b).norm() / a.norm()) < most  # as above
     with pytest.raises(ConfigError, match="quantized already"):
         open_causal(ModelSpec(folder, engine="transformers", scheme="int8"))
+
+
+@pytest.mark.parametrize("scheme", ["dynamic", "block", "weight-only"])
+def test_a_scheme_means_what_the_checkpoint_of_that_name_holds(llama: Path, tmp_path: Path, scheme: str) -> None:
+    pytest.importorskip("transformers")
+    folder = quantize_folder(llama, tmp_path / "made", Options(scheme)).folder
+    rows = torch.arange(60).view(2, 30)
+    # Our decoder joins q, k and v, of which 128x128 blocks would be others.
+    for engine in ("transformers",) if scheme == "block" else ("transformers", "fp8"):
+        specs = ModelSpec(llama, scheme, engine=engine), ModelSpec(folder, engine=engine)
+        before, after = (open_causal(spec).logits(rows) for spec in specs)
+        assert torch.equal(before, after), engine
 
 
 def test_a_cache_in_fp8_changes_little_and_something(llama: Path) -> None:
@@ -239,22 +250,32 @@ def test_without_transformers_the_error_says_how_to_get_it(
 # --------------------------------------------------------------------------- the command
 
 
-def test_the_command_shows_a_table_and_writes_json(
+def test_the_command_shows_a_table_and_prints_json(
     llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine = tmp_path / "mine.jsonl"
     mine.write_text('{"prompt": "Call me", "choices": [" A", " B"], "answer": 1}\n')
     argv = ["eval", str(llama), "--text", str(text), "--tasks", str(mine), "--window", "64", "--limit", "3", "--int8"]
-    argv += ["--scheme", "dynamic", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "e.json")]
+    argv += ["--scheme", "dynamic", "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as ended:
         main(argv)
     out = capsys.readouterr().out
     assert ended.value.code == 0
+    with pytest.raises(SystemExit):
+        main([*argv, "--json"])
+    printed = capsys.readouterr()
+    assert "text.txt, perplexity" in printed.err
     assert "text.txt, perplexity" in out and "tiny · dynamic" in out and "tiny · int8" in out
     assert "mine, accuracy" in out and "uninformative" in out
-    told = json.loads((tmp_path / "e.json").read_text())
+    told = json.loads(printed.out)
     assert list(told["measurements"]) == ["text.txt", "mine"]
     assert [len(m["records"]) for m in told["measurements"]["text.txt"]] == [3, 3, 3]
+
+
+def test_json_is_a_flag_here_as_elsewhere(llama: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", str(llama), "--text", str(text), "--json", "out.json"])
+    assert ended.value.code == 2 and "--json > out.json" in capsys.readouterr().err
 
 
 def test_a_cache_alone_is_held_against_the_same_model(

@@ -6,39 +6,16 @@ import importlib.util
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from balanced_html import Balanced
 from fp8.errors import DataError
 from fp8.formats import format_of
 from fp8.report import figures, write_page
 from fp8.report.page import html, write_json
-
-VOID = {"meta", "link", "br", "use", "path", "rect", "circle", "line", "polygon", "polyline", "image"}
-
-
-class Balanced(HTMLParser):
-    """Every tag that is opened is closed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.places: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.places += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.places += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
 
 
 def test_the_page_is_whole_and_fetches_nothing(results: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +37,10 @@ def quantize_command(
     length: Annotated[int, typer.Option(help="Tokens a row.")] = 256,
     observer: Annotated[str, typer.Option(help="max or percentile.")] = "max",
     percentile: Annotated[float, typer.Option(help="For the observer percentile.")] = 99.99,
+    budget: Annotated[
+        str | None, typer.Option(help="The rise of perplexity that is allowed, as 0.5%: layers stay BF16 for it.")
+    ] = None,
+    budget_samples: Annotated[int, typer.Option(help="Rows of text that decide for --budget; as many check.")] = 8,
     tokenizer: Annotated[
         str | None, typer.Option(help="'bytes', a tokenizer.json or its folder; else the model's.")
     ] = None,
@@ -58,16 +62,19 @@ def quantize_command(
     [cyan]fp8 quantize models/SmolLM2 out --scheme static --calibrate chats.jsonl[/]  calibrated activations
 
     [cyan]fp8 quantize models/SmolLM2 out --skip '*.down_proj' --no-kv-cache[/]
+
+    [cyan]fp8 quantize models/SmolLM2 out --budget 0.5%[/]  what costs most stays, until perplexity rises by less
     """
     from ..checkpoint.quantize import Options
     from ..train.finished import is_run
+    from .budget import parse_budget
 
     options = Options(scheme, tuple(skip or ()), head, scales, dtype)
     if is_run(model):
-        if kv_cache or calibrate or options != Options(scheme):
+        if kv_cache or calibrate or budget or options != Options(scheme):
             raise ConfigError(
                 f"{model} is a run of `fp8 train` and is written as it was trained: --skip, --head, --kv-cache, "
-                "--calibrate, --scales and --dtype are for Hugging Face models."
+                "--calibrate, --budget, --scales and --dtype are for Hugging Face models."
             )
         typer.echo(export_run(model, out, options))
         return
@@ -76,7 +83,8 @@ def quantize_command(
         "percentile": percentile, "tokenizer": tokenizer, "scales": scales, "device": device,
     }  # fmt: skip
     try:
-        written = quantize(model, out, options, kv_cache, given, Console(highlight=False, stderr=True))
+        room = None if budget is None else (parse_budget(budget), budget_samples)
+        written = quantize(model, out, options, kv_cache, given, Console(highlight=False, stderr=True), room)
     except KeyboardInterrupt:
         typer.echo(f"stopped; what was written is kept in {out}.partial, and the same command goes on.", err=True)
         raise typer.Exit(130) from None
@@ -84,19 +92,23 @@ def quantize_command(
 
 
 def quantize(
-    model: Path, out: Path, options: Any, kv_cache: bool | None, given: dict[str, Any], console: Console
-) -> Any:
-    """`quantize_folder` with what it needs of calibration, and progress on a console."""
+    model: Path, out: Path, options: Any, kv_cache: bool | None, given: dict[str, Any], console: Console,
+    room: tuple[float, int] | None = None,
+) -> Any:  # fmt: skip
+    """`quantize_folder` with what it needs of calibration, and progress on a console. `room`: percent and rows."""
     from ..checkpoint.quantize import quantize_folder
     from ..checkpoint.source import Source
+    from .budget import Budget
     from .calibration import Calibration
 
     static = options.layout.inputs == "static"
     if kv_cache is None:
         kv_cache = generates(Source.open(model))
-    with bars(console) as (text, bytes_):
+    with bars(console) as (text, groups, bytes_):
         calibration = Calibration(**given, kv=kv_cache, inputs=static, progress=text) if kv_cache or static else None
-        return quantize_folder(model, out, options, calibration, bytes_)
+        own = {name: given[name] for name in ("texts", "length", "tokenizer", "device")}
+        budget = Budget(room[0], samples=room[1], **own, progress=groups) if room else None
+        return quantize_folder(model, out, options, calibration, bytes_, budget)
 
 
 def generates(source: Any) -> bool:
@@ -107,10 +119,11 @@ def generates(source: Any) -> bool:
 
 
 @contextmanager
-def bars(console: Console) -> Iterator[tuple[Any, Any]]:
-    """A bar for rows of text and one for bytes written, which appear when something moves."""
-    rows = Progress(
-        TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+def bars(console: Console) -> Iterator[tuple[Any, Any, Any]]:
+    """Bars for rows of text, groups of layers, and bytes written, which appear when something moves."""
+    rows, groups = (
+        Progress(TextColumn(word), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+        for word in ("calibrating", "sensitivity")
     )
     size = Progress(TextColumn("writing    "), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console)
 
@@ -126,9 +139,9 @@ def bars(console: Console) -> Iterator[tuple[Any, Any]]:
         return move
 
     try:
-        yield mover(rows), mover(size)
+        yield mover(rows), mover(groups), mover(size)
     finally:
-        for bar in (rows, size):
+        for bar in (rows, groups, size):
             if bar.live.is_started:
                 bar.stop()
 
@@ -154,8 +167,29 @@ def told(written: Any) -> str:
             f"held-out tokens they clip {mean}, at worst {worst} in {seen['worst']['module']}; largest magnitude "
             f"there / here: {seen['amax_ratio']:.2f}"
         )
+    lines += told_of_budget(written.choice.how)
     refused = [reader for reader in readers(Fp8Folder.open(written.folder)) if reader.verdict == "no"]
     return "\n".join([*lines, *(f"  {reader.name} cannot load it: {reader.reasons[0]}" for reader in refused)])
+
+
+def told_of_budget(how: Mapping[str, Any]) -> list[str]:
+    """What a budget chose, and what its check found."""
+    if not how:
+        return []
+    check, seen = how["held_out"], how["sensitivity"]
+    ends = {key: "{:+.2f} to {:+.2f}".format(*check[key]) for key in ("interval", "kl_interval")}
+    rise = {key: f"{value:+.2f} %" for key, value in {**how, **check}.items() if key.endswith("percent")}
+    lines = [
+        f"  budget {how['percent']:g} % of perplexity: {len(how['kept'])} of {len(seen['groups'])} groups stay; "
+        f"predicted {rise['predicted_percent']}, with all in FP8 {rise['all_in_fp8_percent']} "
+        f"(KL on {seen['tokens']:,} tokens)",
+        f"  checked on {check['tokens']:,} other tokens: perplexity {rise['percent']} ({ends['interval']}), "
+        f"{check['verdict']}; by KL, which varies less, {rise['kl_percent']} ({ends['kl_interval']}), "
+        f"{check['kl_verdict']}",
+    ]
+    if seen["not_measured"]:
+        lines.append(f"  in FP8 and not measured: {len(seen['not_measured'])} experts")
+    return lines
 
 
 def export_run(run: Path, out: Path, options: Any) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..nn.frozen_linear import FrozenLinear
 from ..quantize import Quantized
+from ..tile import Tile
 from .compressed_tensors import Scheme
 from .fp8_folder import Fp8Folder
 from .layers import hf_config, linear_layers, model_class, need_transformers
@@ -54,12 +55,24 @@ def _is_linear(model: nn.Module, name: str) -> bool:
 
 def _put(model: nn.Module, name: str, weight: Quantized, scheme: Scheme, inputs: Tensor | None) -> None:
     parent, _, leaf = name.rpartition(".")
-    old: Any = model.get_submodule(name)
-    bias = None if old.bias is None else old.bias.detach()
-    new = FrozenLinear(
-        weight, scheme.recipe(weight.tile), bias, name, input_scale=inputs, weight_only=scheme.inputs == "none"
-    )
-    setattr(model.get_submodule(parent), leaf, new)
+    setattr(model.get_submodule(parent), leaf, frozen(model.get_submodule(name), name, (weight, scheme, inputs)))
+
+
+def frozen(linear: nn.Module, name: str, layer: Layer) -> FrozenLinear:
+    """What stands in place of a linear layer: the codes of `layer`, and the linear layer's bias."""
+    weight, scheme, inputs = layer
+    bias: Any = linear.bias
+    return FrozenLinear(
+        weight, scheme.recipe(weight.tile), None if bias is None else bias.detach(), name, input_scale=inputs,
+        weight_only=scheme.inputs == "none",
+    )  # fmt: skip
+
+
+def by_rows(weight: Quantized) -> Quantized:
+    """The same numbers with the scale of the tensor, where there is one, written once a row: what files are read as."""
+    if weight.tile != Tile(0, 0):
+        return weight
+    return Quantized(weight.codes, weight.scale.expand(weight.shape[0], 1).contiguous(), Tile(1, 0), weight.format)
 
 
 @torch.no_grad()

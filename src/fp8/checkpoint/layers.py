@@ -51,6 +51,11 @@ class Layers:
         """What stays, under every name that a reader may know it by."""
         return [*self.kept, *(self.modules[name] for name in self.kept if name in self.modules)]
 
+    def keeping(self, reasons: Mapping[str, str]) -> Layers:
+        """The same with more layers that stay, and why."""
+        fp8 = tuple(name for name in self.fp8 if name not in reasons)
+        return Layers(fp8, {**self.kept, **reasons}, self.modules)
+
 
 def skeleton(source: Source) -> nn.Module:
     """The model of a config, on the meta device. Raises `CheckpointError`."""

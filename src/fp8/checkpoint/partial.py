@@ -3,6 +3,7 @@
     OUT.partial/manifest.json           what is being made of what, calibrated scales, and the shards that are finished
     OUT.partial/model-0000i-of-n…       finished shards
     OUT.partial/….writing               the shard in hand
+    OUT.partial.lock                    held by the one process that makes OUT; a process that dies lets it go
     OUT                                 appears by one rename, when all is there
 
 A shard's header is known before its first tensor is (shapes and types follow from the source's headers), so tensors are
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..errors import CheckpointError, Fp8Error
@@ -193,8 +195,37 @@ def _manifest(path: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def making(out: Path, facts: Mapping[str, Any]) -> Iterator[Partial]:
-    """A `Partial`. A source that is wrong leaves nothing; a full disk or Ctrl-C leaves scales and finished shards."""
-    partial = Partial(Path(out), facts)
+    """A `Partial`. A source that is wrong leaves nothing; a full disk or Ctrl-C leaves scales and finished shards.
+
+    Raises `CheckpointError` where another process is making the same folder.
+    """
+    with alone(Path(out)):
+        yield from _making(Path(out), facts)
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold the lock of a folder that is being made, and remove its file in the end."""
+    path = out.absolute().with_name(out.name + ".partial.lock")
+    lock = FileLock(path, timeout=0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise CheckpointError(
+            f"another process is making {out} (it holds {path}): wait for it, or choose another folder."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}.") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: whoever opens it later makes a new one
+        lock.release()
+
+
+def _making(out: Path, facts: Mapping[str, Any]) -> Iterator[Partial]:
+    partial = Partial(out, facts)
     try:
         yield partial
     except OSError as error:

@@ -86,6 +86,17 @@ class Scales:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Layers that stay beyond those that `Options` name, with the reason of each, and how that came about (`how`)."""
+
+    kept: Mapping[str, str] = field(default_factory=dict)
+    how: Mapping[str, Any] = field(default_factory=dict)
+
+
+Choose = Callable[[Source, Layers, Options, Scales], Choice]
+
+
+@dataclass(frozen=True)
 class Written:
     """What was made. Bytes are of tensors."""
 
@@ -95,6 +106,7 @@ class Written:
     source_nbytes: int
     scales: Scales
     resumed: bool
+    choice: Choice = Choice()
 
     def __str__(self) -> str:
         share = 100 * self.nbytes / self.source_nbytes
@@ -110,10 +122,12 @@ def quantize_folder(
     options: Options | None = None,
     calibrate: Callable[[Source, Layers], Scales] | None = None,
     progress: Progress | None = None,
+    choose: Choose | None = None,
 ) -> Written:
     """Write the FP8 checkpoint of a Hugging Face folder.
 
     calibrate    finds scales of inputs and of the KV cache; called once, its result survives an interruption
+    choose       says which more layers stay; called once after that, its result survives too
     progress     is called with the bytes written and those to write
 
     OUT appears when it is complete; after an interruption the same call goes on. The same input gives the same bytes.
@@ -127,14 +141,16 @@ def quantize_folder(
     layers = choose_layers(model, empty, options.skip, options.head)
     refuse_shapes(model, empty)
     refuse_types(model, layers)
-    with making(Path(out), facts(model, options, calibrate)) as partial:
+    with making(Path(out), facts(model, options, calibrate, choose)) as partial:
         scales = calibrated(partial, model, layers, calibrate)
         refuse_uncalibrated(options, layers, scales)
+        choice = chosen(partial, lambda made: made(model, layers, options, scales), choose)
+        layers = layers.keeping(choice.kept)
         files = tasks(model, layers, options, scales)
         partial.write(files, progress)
-        partial.finish(config(model, layers, options, scales), files, model)
+        partial.finish(config(model, layers, options, scales, choice), files, model)
     size = sum(task.nbytes for made in files.values() for task in made)
-    return Written(Path(out), layers, size, model.nbytes, scales, partial.resumed)
+    return Written(Path(out), layers, size, model.nbytes, scales, partial.resumed, choice)
 
 
 # --------------------------------------------------------------------------- checks
@@ -168,12 +184,13 @@ def refuse_uncalibrated(options: Options, layers: Layers, scales: Scales) -> Non
         raise CheckpointError(f"scheme 'static' needs a calibrated scale for the input of {missing[0]}: calibrate.")
 
 
-def facts(source: Source, options: Options, calibrate: Any) -> dict[str, Any]:
+def facts(source: Source, options: Options, calibrate: Any, choose: Any) -> dict[str, Any]:
     """All that decides the bytes of OUT."""
     from .. import __version__
 
-    how = getattr(calibrate, "facts", None) if calibrate is not None else "none"
-    return {"fp8": __version__, "source": source.fingerprint(), "options": asdict(options), "calibration": how}
+    how, which = (getattr(made, "facts", None) if made is not None else "none" for made in (calibrate, choose))
+    own = {"fp8": __version__, "source": source.fingerprint(), "options": asdict(options)}
+    return own | {"calibration": how, "choice": which}
 
 
 def calibrated(
@@ -185,6 +202,15 @@ def calibrated(
     if "scales" not in partial.notes:
         partial.note("scales", asdict(calibrate(source, layers)))
     return Scales(**partial.notes["scales"])
+
+
+def chosen(partial: Partial, ask: Callable[[Choose], Choice], choose: Choose | None) -> Choice:
+    """What else stays, from the manifest where an earlier start decided it."""
+    if choose is None:
+        return Choice()
+    if "choice" not in partial.notes:
+        partial.note("choice", asdict(ask(choose)))
+    return Choice(**partial.notes["choice"])
 
 
 # --------------------------------------------------------------------------- tensors
@@ -309,18 +335,19 @@ def kv_tasks(source: Source, scales: Scales) -> Iterator[tuple[str, Task]]:
 # --------------------------------------------------------------------------- config.json
 
 
-def config(source: Source, layers: Layers, options: Options, scales: Scales) -> dict[str, Any]:
+def config(source: Source, layers: Layers, options: Options, scales: Scales, choice: Choice) -> dict[str, Any]:
     """The `config.json` of OUT."""
     kv = "attn_head" if scales.keys else None
     quantization = quantization_config({options.layout: layers.fp8}, layers.ignore, kv)
     tokenizer = (source.config.get("fp8") or {}).get("tokenizer")
-    own = own_config([options.layout], tokenizer) | {"quantized": told(options, scales)}
+    own = own_config([options.layout], tokenizer) | {"quantized": told(options, scales, choice)}
     kept_as = str(kept_dtype(source.dtype, options.dtype)).removeprefix("torch.")
     types = {key: kept_as for key in ("dtype", "torch_dtype") if key in source.config} or {"torch_dtype": kept_as}
     return {**source.config, **types, "quantization_config": quantization, "fp8": own}
 
 
-def told(options: Options, scales: Scales) -> dict[str, Any]:
+def told(options: Options, scales: Scales, choice: Choice) -> dict[str, Any]:
     """How the file was made: what `fp8 verify` needs to make it again."""
-    return {"scheme": options.scheme, "weight_scale_rounding": options.scales, "kept_dtype": options.dtype,
-            "calibration": dict(scales.how) or None}  # fmt: skip
+    how = {"scheme": options.scheme, "weight_scale_rounding": options.scales, "kept_dtype": options.dtype,
+           "calibration": dict(scales.how) or None}  # fmt: skip
+    return how | ({"budget": dict(choice.how)} if choice.how else {})

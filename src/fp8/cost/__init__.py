@@ -1,4 +1,4 @@
-"""What a training step costs on a GPU, from measured rates: time of products, bytes, launches, memory.
+"""What a training step costs on a GPU, and serving, from measured rates: time of products, bytes, launches, memory.
 
     rates.py       the measured figures, read from rates.json, which `fp8 bench rates` makes
     gemm.py        seconds of one product, from its shape and kind
@@ -6,6 +6,7 @@
     shape.py       a decoder as sizes, and the products of one step
     layer.py       one layer in FP8 beside BF16: what `convert(only_if_faster=True)` asks
     step.py        a whole step: seconds by kind of work
+    serving.py     a decoded token and a prompt, with FP8 weights beside BF16
     memory.py      a whole step: bytes at its peak
     fit.py         measurements -> rates.json, with the error on what was fitted and on what was held out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,9 @@ def command(
         str | None, typer.Option(help="'bytes', a tokenizer.json or its folder; else the model's.")
     ] = None,
     tolerance: Annotated[float, typer.Option(help="Points (or percent of perplexity) that may be lost.")] = LIMIT,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write figures and every item's outcome.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print figures and every item's outcome as data; the table goes to stderr.")
+    ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for partial results.")] = Path("runs/eval"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew what is in --out.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -70,10 +73,12 @@ def command(
 
     [cyan]fp8 eval smollm2 --text wiki.test.raw --scheme dynamic --int8[/]  FP8 and INT8 before anything is exported
 
-    [cyan]fp8 eval smollm2-fp8 --against smollm2 --tasks lambada,mmlu --data evals --json out.json[/]  a checkpoint
+    [cyan]fp8 eval smollm2-fp8 --against smollm2 --tasks lambada,mmlu --data evals --json > out.json[/]  as data too
 
     [cyan]fp8 eval smollm2 --kv-cache fp8 --tasks mine.jsonl[/]  the cache alone, on a task of your own
     """
+    if named := next((path for path in models if path.suffix == ".json"), None):
+        raise ConfigError(f"{named} is no model; --json is a flag: fp8 eval ... --json > {named}.")
     base = against or models[0]
     folders = [base, *(folder for folder in models if folder.resolve() != base.resolve())]
     specs = [
@@ -86,29 +91,25 @@ def command(
     specs += variants(specs[0], schemes, kv_cache)
     if (limit is not None and limit < 1) or batch < 1:
         raise ConfigError(f"limit and batch must be at least 1, not {limit} and {batch}.")
-    if json_out is not None and json_out.is_dir():  # before hours of work
-        raise ConfigError(f"{json_out} is a folder: --json names the file to write.")
     stride = max(window // 2, 1) if stride is None else stride
     asked = [load_task(name, data, shots=shots, limit=limit) for name in words(tasks)]
     texts = [text_path(str(path)) for path in text or ()]
     measurements: list[Measurement] = [TextMeasurement(path, window, stride, limit, batch, bos) for path in texts]
     measurements += [TaskMeasurement(task, batch, bos) for task in asked]
     measurements += [LmEvalMeasurement(name, limit, shots, batch) for name in words(lm_eval)]
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=160)
+    console = Console(highlight=False, stderr=as_json)
+    console = console if console.is_terminal else Console(highlight=False, width=160, stderr=as_json)
     try:
         told = judge(specs, measurements, out=out, fresh=fresh, limit=tolerance, console=console)
     except StoppedError as stopped:
         typer.echo(str(stopped))
         raise typer.Exit(130) from None
-    if json_out is not None:  # first: a table may be cut off by a pipe
-        told.write(json_out)
     console.print(drawing(told))
     for name, about in told.about.items():
         console.print(f"{name}: {about}", markup=False)
     console.print(legend(told.limit))
-    if json_out is not None:
-        console.print(f"{json_out} has every item's outcome.", markup=False)
+    if as_json:
+        typer.echo(json.dumps(told.to_dict(), indent=1, allow_nan=False))
 
 
 def words(listed: str) -> list[str]:

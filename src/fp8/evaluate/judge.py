@@ -9,7 +9,6 @@ same call goes on behind the last batch that was done, and ends with the same bi
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -77,12 +76,6 @@ class Judgement:
             "models": [described(spec) | {"about": self.about.get(spec.name)} for spec in self.models],
             "measurements": by_name,
         }
-
-    def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".writing")
-        aside.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        aside.replace(path)
 
 
 def variants(base: ModelSpec, schemes: Sequence[str], kv_cache: str | None = None) -> list[ModelSpec]:

@@ -1,11 +1,15 @@
 """What a loaded model becomes when a scheme is to be judged before anything is exported.
 
     none          the model as it is (with --kv-cache: only its cache of keys and values changes)
-    dynamic       E4M3 weights, one scale a channel; activations one scale a token; scales amax / 448, as servers have
-    block         E4M3 weights in blocks of 128 x 128, activations in groups of 128, scales amax / 448
+    dynamic       E4M3 weights, one scale a channel; activations one scale a token
+    block         E4M3 weights in blocks of 128 x 128, activations in groups of 128
     weight-only   weights as in `dynamic`; activations stay
     int8          W8A8: weights one scale a channel, activations one scale a token, both symmetric, amax / 127
-    rowwise ...   any preset of `fp8.Recipe`, or a JSON file of one; scales are then powers of two unless it says other
+    rowwise ...   any preset of `fp8.Recipe`, or a JSON file of one
+
+The first three mean what `fp8 quantize` writes under these names: tiles, rounding of scales (powers of two) and sums
+are read from its table (`checkpoint/quantize.py`, `SCHEMES`). A recipe's file may say amax / 448 (`"scale_rounding":
+"none"`), which is what `fp8 quantize --scales none` writes.
 
 FP8 products are those of `fp8.convert`, weights quantized once: exact sums on a CPU, tensor cores on a Hopper GPU. A
 recipe whose activations share one scale a tensor is served one scale a token, as a checkpoint is: a result must not
@@ -22,14 +26,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.quantize import SCHEMES as EXPORTED
+from ..checkpoint.quantize import quantize_weight
 from ..errors import ConfigError, suggest
 from ..nn import convert, refresh, revert
-from ..quantize import quantize
 from ..recipe import PRESETS, Operand, Recipe
 from ..tile import Tile
 
-DYNAMIC = Recipe.of("rowwise").replace(name="dynamic", scale_rounding="none")
-BLOCK = Recipe.of("blockwise").replace(name="block", scale_rounding="none")
+TILES = {"dynamic": Tile(1, 0), "weight-only": Tile(1, 0), "block": Tile(128, 128), "int8": Tile(1, 0)}
 SCHEMES = ("none", "dynamic", "block", "weight-only", "int8")
 INT8_MAX = 127.0
 
@@ -54,10 +58,8 @@ def apply_scheme(model: nn.Module, scheme: str) -> str:
 
 def recipe_of(scheme: str) -> Recipe:
     """The recipe that a scheme's name, a preset's name, or a JSON file stands for."""
-    if scheme in ("dynamic", "weight-only", "int8"):
-        return DYNAMIC
-    if scheme == "block":
-        return BLOCK
+    if scheme in TILES:
+        return EXPORTED["dynamic" if scheme == "int8" else scheme].recipe(TILES[scheme]).replace(name=scheme)
     if scheme in PRESETS:
         return Recipe.of(scheme)
     if scheme.endswith(".json") and Path(scheme).is_file():
@@ -87,7 +89,8 @@ def replace_weights(model: nn.Module, names: list[str], scheme: str) -> None:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, Int8Linear(layer))
         else:
-            rounded = quantize(layer.weight.detach(), "e4m3", "row", "none").dequantize(layer.weight.dtype)
+            weight = quantize_weight(layer.weight.detach(), EXPORTED["weight-only"])
+            rounded = weight.dequantize(layer.weight.dtype)
             layer.weight = nn.Parameter(rounded, requires_grad=False)
 
 

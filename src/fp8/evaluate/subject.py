@@ -85,11 +85,11 @@ class ModelSpec:
         return replace(self, device=str(device), dtype=dtype, engine="transformers" if encoder else engine)
 
     def fingerprint(self) -> str:
-        """Changes when the model could: settings, config.json, a recipe's file, each weight file's size and time."""
+        """Changes when the model could: settings, config.json, the scheme's recipe, weight files' sizes and times."""
         files = sorted(p for p in self.folder.glob("*") if p.suffix in (".safetensors", ".bin"))
         seen = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         own = asdict(self) | {"folder": str(self.folder.resolve())}
-        recipe = Path(self.scheme).read_text(encoding="utf-8") if self.scheme.endswith(".json") else ""
+        recipe = "" if self.scheme == "none" else recipe_of(self.scheme).to_json()
         config = (self.folder / "config.json").read_text(encoding="utf-8")
         return hashlib.sha256(json.dumps([own, seen, recipe, config]).encode()).hexdigest()
 

@@ -99,12 +99,15 @@ class FrozenLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
-        operand = self.recipe.x
-        row, tile = format_of(operand.format), operand.tile
+        accumulate = self.recipe.accumulate.forward
+        return run_matmul(self.quantized_input(x), self.quantized_weight(), x.dtype, accumulate, self.bias)
+
+    def quantized_input(self, x: Tensor) -> Quantized:
+        """The codes of x [rows, K] that the weight is multiplied by; not for weight-only layers, which make none."""
+        row, tile = format_of(self.recipe.x.format), self.recipe.x.tile
         given = None if self.input_scale is None else self.input_scale.expand(x.shape[0], 1).contiguous()
         codes, scale, _ = run_quantize(x, given, row, tile, self.recipe.power_of_two and given is None)
-        accumulate = self.recipe.accumulate.forward
-        return run_matmul(Quantized(codes, scale, tile, row), self.quantized_weight(), x.dtype, accumulate, self.bias)
+        return Quantized(codes, scale, tile, row)
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.bias is None else self.bias.to(dtype)

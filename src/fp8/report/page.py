@@ -52,12 +52,14 @@ def written(path: Path, text: str) -> Path:
 
 def html(results: dict[str, Any]) -> str:
     """The page."""
-    source = resources.files("fp8.report").joinpath("demo.html.jinja").read_text(encoding="utf-8")
+    room = resources.files("fp8.report")
+    source, style = (room.joinpath(n).read_text(encoding="utf-8") for n in ("demo.html.jinja", "style.css"))
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     names = table.heads(results)
     return page.from_string(source).render(
-        results=results, names=names, heads=names, rows=table.rows(results), verdict=table.verdict(results),
-        caption=table.caption(results), roles=figures.ROLES, products=PRODUCTS, pictures=pictures(results),
+        results=results, style=Markup(style), names=names, heads=names, rows=table.rows(results),
+        verdict=table.verdict(results), caption=table.caption(results),
+        roles=figures.ROLES, products=PRODUCTS, pictures=pictures(results),
         missing=MISSING, parts=dict(zip(figures.PARTS, ("one", "two", "three", "four"), strict=True)),
     )  # fmt: skip
 
