@@ -35,7 +35,9 @@ def quantize_command(
     ] = None,
     samples: Annotated[int, typer.Option(help="Rows of text to calibrate on; every eighth is held out.")] = 128,
     length: Annotated[int, typer.Option(help="Tokens a row.")] = 256,
-    observer: Annotated[str, typer.Option(help="max or percentile.")] = "max",
+    observer: Annotated[
+        str, typer.Option(help="max, percentile, mse, kl, or auto: whichever errs least on held-out text.")
+    ] = "max",
     percentile: Annotated[float, typer.Option(help="For the observer percentile.")] = 99.99,
     tokenizer: Annotated[
         str | None, typer.Option(help="'bytes', a tokenizer.json or its folder; else the model's.")
@@ -154,6 +156,9 @@ def told(written: Any) -> str:
             f"held-out tokens they clip {mean}, at worst {worst} in {seen['worst']['module']}; largest magnitude "
             f"there / here: {seen['amax_ratio']:.2f}"
         )
+        if won := how.get("observers", {}).get(kind):
+            names = ", ".join(f"{name} {count}" for name, count in won["won"].items())
+            lines.append(f"    observers: {names}; held-out squared error {won['error_to_max']['auto']:.4f} of max's")
     refused = [reader for reader in readers(Fp8Folder.open(written.folder)) if reader.verdict == "no"]
     return "\n".join([*lines, *(f"  {reader.name} cannot load it: {reader.reasons[0]}" for reader in refused)])
 
