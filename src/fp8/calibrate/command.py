@@ -43,6 +43,10 @@ def quantize_command(
         str | None, typer.Option(help="'bytes', a tokenizer.json or its folder; else the model's.")
     ] = None,
     scales: Annotated[str, typer.Option(help="power_of_two, or none (amax / 448).")] = "power_of_two",
+    outliers: Annotated[
+        str, typer.Option(help="none, rotate, smooth, both, or auto: what helps on held-out text, if anything.")
+    ] = "none",
+    seed: Annotated[int, typer.Option(help="Of the rotation's signs.")] = 0,
     dtype: Annotated[
         str, typer.Option(help="Of what stays: auto (FP32 becomes BF16), bfloat16, float16, float32.")
     ] = "auto",
@@ -60,16 +64,18 @@ def quantize_command(
     [cyan]fp8 quantize models/SmolLM2 out --scheme static --calibrate chats.jsonl[/]  calibrated activations
 
     [cyan]fp8 quantize models/SmolLM2 out --skip '*.down_proj' --no-kv-cache[/]
+
+    [cyan]fp8 quantize models/SmolLM2 out --outliers auto[/]  rotated or smoothed first, where that helps
     """
     from ..checkpoint.quantize import Options
     from ..train.finished import is_run
 
     options = Options(scheme, tuple(skip or ()), head, scales, dtype)
     if is_run(model):
-        if kv_cache or calibrate or options != Options(scheme):
+        if kv_cache or calibrate or options != Options(scheme) or outliers != "none":
             raise ConfigError(
                 f"{model} is a run of `fp8 train` and is written as it was trained: --skip, --head, --kv-cache, "
-                "--calibrate, --scales and --dtype are for Hugging Face models."
+                "--calibrate, --scales, --dtype and --outliers are for Hugging Face models."
             )
         typer.echo(export_run(model, out, options))
         return
@@ -78,7 +84,8 @@ def quantize_command(
         "percentile": percentile, "tokenizer": tokenizer, "scales": scales, "device": device,
     }  # fmt: skip
     try:
-        written = quantize(model, out, options, kv_cache, given, Console(highlight=False, stderr=True))
+        console = Console(highlight=False, stderr=True)
+        written = quantize(model, out, options, kv_cache, given, console, (outliers, seed))
     except KeyboardInterrupt:
         typer.echo(f"stopped; what was written is kept in {out}.partial, and the same command goes on.", err=True)
         raise typer.Exit(130) from None
@@ -86,19 +93,23 @@ def quantize_command(
 
 
 def quantize(
-    model: Path, out: Path, options: Any, kv_cache: bool | None, given: dict[str, Any], console: Console
-) -> Any:
+    model: Path, out: Path, options: Any, kv_cache: bool | None, given: dict[str, Any], console: Console,
+    outliers: tuple[str, int] = ("none", 0),
+) -> Any:  # fmt: skip
     """`quantize_folder` with what it needs of calibration, and progress on a console."""
     from ..checkpoint.quantize import quantize_folder
     from ..checkpoint.source import Source
     from .calibration import Calibration
+    from .remedies import Remedies
 
+    method, seed = outliers
+    remedy = Remedies(method, options, Calibration(**given), seed) if method != "none" else None
     static = options.layout.inputs == "static"
     if kv_cache is None:
         kv_cache = generates(Source.open(model))
     with bars(console) as (text, bytes_):
         calibration = Calibration(**given, kv=kv_cache, inputs=static, progress=text) if kv_cache or static else None
-        return quantize_folder(model, out, options, calibration, bytes_)
+        return quantize_folder(model, out, options, calibration, bytes_, remedy)
 
 
 def generates(source: Any) -> bool:
@@ -148,6 +159,8 @@ def told(written: Any) -> str:
         lines.append(
             f"  kept, {why}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         )
+    if written.outliers:
+        lines.append(told_of_outliers(written.outliers))
     how = written.scales.how
     for kind, seen in how.get("held_out", {}).items():
         mean, worst = (f"{100 * share:.4f} %" for share in (seen["saturated"], seen["worst"]["saturated"]))
@@ -161,6 +174,23 @@ def told(written: Any) -> str:
             lines.append(f"    observers: {names}; held-out squared error {won['error_to_max']['auto']:.4f} of max's")
     refused = [reader for reader in readers(Fp8Folder.open(written.folder)) if reader.verdict == "no"]
     return "\n".join([*lines, *(f"  {reader.name} cannot load it: {reader.reasons[0]}" for reader in refused)])
+
+
+def told_of_outliers(told: Any) -> str:
+    """What was applied, and what each remedy did to the loss on held-out text."""
+    nats = ", ".join(f"{name} {value:.4f}" for name, value in told["nats"].items())
+    gains = "; ".join(f"{name} lowers it by {told_of_gain(g)}" for name, g in told["gain"].items())
+    untied = "; the head is untied from the embedding" if told["head"] == "untied" else ""
+    return (
+        f"  outliers: {told['applied']}{untied}\n"
+        f"    nats a token on {told['held_out_tokens']:,} held-out tokens: {nats}\n"
+        f"    against plain FP8 ('none'), 95 %: {gains}"
+    )
+
+
+def told_of_gain(gain: Any) -> str:
+    width = f" +- {gain['half_width']:.4f}" if gain["half_width"] is not None else " (too few rows for an interval)"
+    return f"{gain['mean']:.4f}{width}"
 
 
 def export_run(run: Path, out: Path, options: Any) -> str:
@@ -222,9 +252,13 @@ def verify_command(
         words = tokenizer_for(out, tokenizer or ("bytes" if config.tokenizer == "bytes" else None))
         verdict = verify(out, made, rows_of_prompts(words, prompts))
     else:
+        from ..checkpoint.source import Source
+        from .remedies import as_written
+
         words = tokenizer_for(out, tokenizer)
+        source = as_written(Source.open(against), out)
         window = text_rows(words, text, tokens, out) if tokens else None
-        verdict = verify(out, against, rows_of_prompts(words, prompts), window, transformers)
+        verdict = verify(out, source, rows_of_prompts(words, prompts), window, transformers)
     if as_json:
         typer.echo(json.dumps(verdict.to_dict(), indent=2, allow_nan=False))
     else:

@@ -16,7 +16,8 @@ Sources: SmoothQuant (arXiv:2211.10438), whose code sets alpha = 0.5 for all lay
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,20 +44,28 @@ def exponents(x_amax: Tensor, w_amax: Tensor, alpha: float) -> Tensor:
     return torch.where(alive, (s - middle).round().clamp(-MOST, MOST), 0.0).long()
 
 
-def searched(x: Tensor, weights: Sequence[Tensor], scheme: Scheme, x_amax: Tensor | None = None) -> tuple[Tensor, dict]:
-    """The exponents [K] that give layers with one input the smallest error, and what was measured.
+def alike(channels: Tensor) -> Tensor:
+    return channels
+
+
+def searched(
+    x: Tensor, weights: Sequence[Tensor], scheme: Scheme, x_amax: Tensor | None = None,
+    gather: Callable[[Tensor], Tensor] = alike, spread: Callable[[Tensor], Tensor] = alike,
+) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+    """The exponents of the channels that give layers with one input the smallest error, and what was measured.
 
     x        some rows of the input [R, K]; `x_amax` [K]: the largest magnitudes of all of it
     weights  [N, K] each
+    gather   the largest of those of K columns that must share an exponent; `spread`: the way back
 
     What is told: `alpha` (None: nothing is moved), and the relative errors of the outputs `before` and `after`.
     """
-    x_amax = x.abs().amax(0) if x_amax is None else x_amax
-    w_amax = torch.stack([w.abs().amax(0).float() for w in weights]).amax(0)
-    still = torch.zeros(x.shape[1], dtype=torch.int64)
-    tried = {None: still} | {alpha: exponents(x_amax, w_amax, alpha) for alpha in ALPHAS}
+    x_amax = gather(x.abs().amax(0) if x_amax is None else x_amax)
+    w_amax = gather(torch.stack([w.abs().amax(0).float() for w in weights]).amax(0))
+    tried = {None: torch.zeros_like(x_amax, dtype=torch.int64)}
+    tried |= {alpha: exponents(x_amax, w_amax, alpha) for alpha in ALPHAS}
     exact = [x @ w.float().t() for w in weights]
-    errors = {alpha: output_error(x, weights, exact, scheme, move) for alpha, move in tried.items()}
+    errors = {alpha: output_error(x, weights, exact, scheme, spread(move)) for alpha, move in tried.items()}
     alpha = min(errors, key=lambda a: errors[a])
     return tried[alpha], {"alpha": alpha, "before": errors[None], "after": errors[alpha]}
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -95,6 +95,7 @@ class Written:
     source_nbytes: int
     scales: Scales
     resumed: bool
+    outliers: Mapping[str, Any] = field(default_factory=dict)  # what was measured of remedies
 
     def __str__(self) -> str:
         share = 100 * self.nbytes / self.source_nbytes
@@ -110,11 +111,13 @@ def quantize_folder(
     options: Options | None = None,
     calibrate: Callable[[Source, Layers], Scales] | None = None,
     progress: Progress | None = None,
+    remedy: Remedy | None = None,
 ) -> Written:
     """Write the FP8 checkpoint of a Hugging Face folder.
 
     calibrate    finds scales of inputs and of the KV cache; called once, its result survives an interruption
     progress     is called with the bytes written and those to write
+    remedy       changes the model before it is quantized (`calibrate/remedies.py`); found once, like the scales
 
     OUT appears when it is complete; after an interruption the same call goes on. The same input gives the same bytes.
     Raises `CheckpointError` for a source that is damaged, quantized already, or not finite; for an OUT that exists; for
@@ -127,14 +130,19 @@ def quantize_folder(
     layers = choose_layers(model, empty, options.skip, options.head)
     refuse_shapes(model, empty)
     refuse_types(model, layers)
-    with making(Path(out), facts(model, options, calibrate)) as partial:
+    original, beside = model, {}
+    with making(Path(out), facts(model, options, calibrate, remedy)) as partial:
+        if remedy is not None:
+            model, beside = changed(partial, model, layers, remedy)
+            layers = choose_layers(model, skeleton(model), options.skip, options.head)
         scales = calibrated(partial, model, layers, calibrate)
         refuse_uncalibrated(options, layers, scales)
         files = tasks(model, layers, options, scales)
         partial.write(files, progress)
-        partial.finish(config(model, layers, options, scales), files, model)
+        outliers = partial.notes.get("remedy", {}).get("told", {})
+        partial.finish(config(model, layers, options, scales, outliers), files, model, beside)
     size = sum(task.nbytes for made in files.values() for task in made)
-    return Written(Path(out), layers, size, model.nbytes, scales, partial.resumed)
+    return Written(Path(out), layers, size, original.nbytes, scales, partial.resumed, outliers)
 
 
 # --------------------------------------------------------------------------- checks
@@ -168,12 +176,13 @@ def refuse_uncalibrated(options: Options, layers: Layers, scales: Scales) -> Non
         raise CheckpointError(f"scheme 'static' needs a calibrated scale for the input of {missing[0]}: calibrate.")
 
 
-def facts(source: Source, options: Options, calibrate: Any) -> dict[str, Any]:
+def facts(source: Source, options: Options, calibrate: Any, remedy: Remedy | None = None) -> dict[str, Any]:
     """All that decides the bytes of OUT."""
     from .. import __version__
 
+    more = {"remedy": remedy.facts} if remedy is not None else {}
     how = getattr(calibrate, "facts", None) if calibrate is not None else "none"
-    return {"fp8": __version__, "source": source.fingerprint(), "options": asdict(options), "calibration": how}
+    return {"fp8": __version__, "source": source.fingerprint(), "options": asdict(options), "calibration": how} | more
 
 
 def calibrated(
@@ -185,6 +194,28 @@ def calibrated(
     if "scales" not in partial.notes:
         partial.note("scales", asdict(calibrate(source, layers)))
     return Scales(**partial.notes["scales"])
+
+
+class Remedy(Protocol):
+    """Changes a model before it is quantized, so that in high precision it stays what it was."""
+
+    @property
+    def facts(self) -> dict[str, Any]: ...
+
+    @property
+    def record(self) -> str: ...
+
+    def find(self, source: Source, layers: Layers) -> dict[str, Any]: ...
+
+    def apply(self, source: Source, found: Mapping[str, Any]) -> Source: ...
+
+
+def changed(partial: Partial, source: Source, layers: Layers, remedy: Remedy) -> tuple[Source, dict[str, Any]]:
+    """The changed model, and the files to write beside it; from the manifest where an earlier start found it."""
+    if "remedy" not in partial.notes:
+        partial.note("remedy", remedy.find(source, layers))
+    found = partial.notes["remedy"]
+    return remedy.apply(source, found), {remedy.record: {k: v for k, v in found.items() if k != "told"}}
 
 
 # --------------------------------------------------------------------------- tensors
@@ -309,18 +340,21 @@ def kv_tasks(source: Source, scales: Scales) -> Iterator[tuple[str, Task]]:
 # --------------------------------------------------------------------------- config.json
 
 
-def config(source: Source, layers: Layers, options: Options, scales: Scales) -> dict[str, Any]:
+def config(
+    source: Source, layers: Layers, options: Options, scales: Scales, outliers: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The `config.json` of OUT."""
     kv = "attn_head" if scales.keys else None
     quantization = quantization_config({options.layout: layers.fp8}, layers.ignore, kv)
     tokenizer = (source.config.get("fp8") or {}).get("tokenizer")
-    own = own_config([options.layout], tokenizer) | {"quantized": told(options, scales)}
+    own = own_config([options.layout], tokenizer) | {"quantized": told(options, scales, outliers or {})}
     kept_as = str(kept_dtype(source.dtype, options.dtype)).removeprefix("torch.")
     types = {key: kept_as for key in ("dtype", "torch_dtype") if key in source.config} or {"torch_dtype": kept_as}
     return {**source.config, **types, "quantization_config": quantization, "fp8": own}
 
 
-def told(options: Options, scales: Scales) -> dict[str, Any]:
+def told(options: Options, scales: Scales, outliers: Mapping[str, Any]) -> dict[str, Any]:
     """How the file was made: what `fp8 verify` needs to make it again."""
     return {"scheme": options.scheme, "weight_scale_rounding": options.scales, "kept_dtype": options.dtype,
-            "calibration": dict(scales.how) or None}  # fmt: skip
+            "calibration": dict(scales.how) or None,
+            **({"outliers": dict(outliers)} if outliers else {})}  # fmt: skip
