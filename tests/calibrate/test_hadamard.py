@@ -33,7 +33,7 @@ def test_turning_is_the_product_in_runs_of_channels():
 
 def test_what_has_no_order_turns_in_blocks():
     turn = Rotation(344, seed=0)  # 8 x 43, as 11008 is 256 x 43
-    assert parts(344) is None and turn.block == 8
+    assert parts(344) is None and turn.block == 8 and Rotation(11008, seed=0).block == 256
     q = turn.matrix()
     torch.testing.assert_close(q @ q.T, torch.eye(344, dtype=torch.float64), rtol=0, atol=1e-13)
     assert int((q != 0).sum()) == 344 * 8

@@ -31,6 +31,21 @@ def tied(tmp_path_factory):
     return tiny_models.build(tmp_path_factory.mktemp("remedies") / "tied", "tied")
 
 
+@pytest.fixture(scope="module")
+def hiding(tied, tmp_path_factory):
+    """One channel of every norm 2^16 times as large, and its columns smaller by as much: the same model to the bit,
+    whose other channels sink."""
+    worse = tiny_models.copied(tied, tmp_path_factory.mktemp("hiding") / "hiding")
+    changed = migrated(Source.open(tied), dict.fromkeys(norms(tied), [-16] + [0] * 127))
+    for name in changed.edits:
+        retensor(worse, name, changed.read(name))
+    return worse
+
+
+def norms(folder):
+    return [m.maker for m in migrations(Source.open(folder)) if m.maker.endswith("layernorm")]
+
+
 def found_for(folder, method, scheme="dynamic", calibration=FEW):
     source, options = Source.open(folder), Options(scheme)
     return Remedies(method, options, calibration).find(source, choose_layers(source, skeleton(source)))
@@ -38,20 +53,20 @@ def found_for(folder, method, scheme="dynamic", calibration=FEW):
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("method", FOLDED)
-def test_the_written_folder_is_plain_and_verifies_against_the_original(tied, tmp_path, method):
+def test_the_written_folder_is_plain_and_verifies_against_the_original(hiding, tmp_path, method):
     out, options = tmp_path / "out", Options("dynamic")
-    quantize_folder(tied, out, options, remedy=Remedies(method, options, FEW))
+    quantize_folder(hiding, out, options, remedy=Remedies(method, options, FEW))
     config = json.loads((out / "config.json").read_text())
     told = config["fp8"]["quantized"]["outliers"]
     assert told["applied"] == method and {"high precision", "none", method} == told["nats"].keys()
     assert config["tie_word_embeddings"] is (method == "smooth") and config["architectures"] == ["LlamaForCausalLM"]
     assert ("lm_head.weight" in tensors(out)) is (method != "smooth")
     assert all(t.dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float32) for t in tensors(out).values())
-    verdict = verify(out, as_written(Source.open(tied), out), torch.arange(12).view(2, 6), transformers=False)
+    verdict = verify(out, as_written(Source.open(hiding), out), torch.arange(12).view(2, 6), transformers=False)
     assert {c.name: c.passed for c in verdict.checks if c.passed is not None} == dict.fromkeys(
         ("codes", "rest", "logits"), True
     )
-    assert not verify(out, tied).passed
+    assert not verify(out, hiding, transformers=False).passed
 
 
 def test_the_same_call_gives_the_same_bytes_and_a_seed_others(tied, tmp_path):
@@ -61,6 +76,25 @@ def test_the_same_call_gives_the_same_bytes_and_a_seed_others(tied, tmp_path):
 
     one, two, other = made("one", 0), made("two", 0), made("other", 1)
     assert one == two and one["model.safetensors"] != other["model.safetensors"]
+
+
+def test_what_was_found_survives_a_stop(tied, tmp_path):
+    found = []
+
+    class Counted(Remedies):
+        def find(self, source, layers):
+            found.append(source)
+            return super().find(source, layers)
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    remedy = Counted("both", Options(), FEW)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_folder(tied, tmp_path / "out", progress=stop, remedy=remedy)
+    assert quantize_folder(tied, tmp_path / "out", remedy=remedy).resumed and len(found) == 1
+    quantize_folder(tied, tmp_path / "whole", remedy=remedy)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
 
 @pytest.mark.filterwarnings("default")
@@ -113,20 +147,16 @@ def test_auto_writes_what_it_measured_and_leaves_a_model_without_outliers_alone(
     assert told["applied"] == "none" and found["rotation"] is found["migration"] is None
 
 
-def test_smoothing_undoes_what_a_channel_hides_from_one_scale_a_tensor(tied, tmp_path):
-    """One channel of every norm 2^16 times as large, and its column smaller by as much: the same model to the
-    bit, whose other channels sink. Migration brings each layer's error back to what it was."""
-    source, rows = Source.open(tied), torch.arange(96).view(4, 24)
-    worse = tiny_models.copied(tied, tmp_path / "worse")
-    moves = {m.maker: [-16] + [0] * 127 for m in migrations(source) if m.maker.endswith("layernorm")}
-    changed = migrated(source, moves)
-    for name in changed.edits:
-        retensor(worse, name, changed.read(name))
-    remedies = Remedies("smooth", Options("static"), FEW)
-    before, after = (remedies.one("smooth", Source.open(folder), rows)["groups"] for folder in (tied, worse))
-    for maker in moves:
-        told = after[maker]
-        assert told["before"] > 2 * before[maker]["before"] and told["after"] < 1.1 * before[maker]["before"]
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_smoothing_brings_back_what_one_channel_hides(tied, hiding, scheme):
+    """Each layer's error, and nothing is moved where no channel hides another."""
+    rows, remedies = torch.arange(96).view(4, 24), Remedies("smooth", Options(scheme), FEW)
+    before, after = (remedies.one("smooth", Source.open(folder), rows)["groups"] for folder in (tied, hiding))
+    assert all(told["alpha"] is None for told in before.values())
+    for norm in norms(tied):
+        told = after[norm]
+        assert told["alpha"] is not None
+        assert told["before"] > 2 * before[norm]["before"] and told["after"] < 1.1 * before[norm]["before"]
 
 
 # --------------------------------------------------------------------------- searching

@@ -10,8 +10,9 @@ no direction that a model prefers (all channels alike, say) ends up in one chann
     2 (q + 1)        Paley's second, for a prime q = 1 (mod 4): 12, 28, 36, 60, 76 ...
     2^k m            H_{2^k} x H_m, the Kronecker product: 576 = 16 x 36, 1536 = 128 x 12, 14336 = 512 x 28
 
-What has no such order (11008 = 256 x 43: a Hadamard matrix of order 172 is known, from a table) is rotated in equal
-blocks of the largest order that divides it. Prime powers, which give 52 and 100, were left out.
+m is 128 at most, since its matrix has no fast way. What has no such order (11008 = 256 x 43; one of order 172 is known,
+from a table) is rotated in equal blocks of the largest order that divides it. Prime powers, which give 52 and 100, were
+left out.
 
 **Exactly the same everywhere.** Sums are elementwise additions in FP64 in a written order, never a matrix product whose
 library may add in another, and 1 / sqrt(b) is multiplied once, at the end. Signs are bits of Philox4x32-10, the
@@ -33,6 +34,7 @@ from ..errors import ConfigError
 from ..quantize.reference import philox
 
 SLAB = 1 << 16  # elements that are turned at once
+MOST = 128  # the largest order of Paley
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def parts(order: int) -> tuple[int, int] | None:
     ((512, 1), (16, 36), (512, 28), None)
     """
     m = order // (order & -order)
-    while order % m == 0:
+    while order % m == 0 and m <= MOST:
         if m == 1 or prime_of(m) is not None:
             return order // m, m
         m *= 2

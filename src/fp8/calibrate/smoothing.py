@@ -4,7 +4,7 @@
 
 The division goes into what made x: the weight of the norm before, or the rows of the layer before. alpha says how much
 of the difficulty moves to the weight; it is searched for each group of layers that share an input, by the error that is
-measured, and "none at all" is among the candidates.
+measured, and a group stays as it is unless its error falls by a hundredth.
 
 **Factors are powers of two**, which E4M3 prefers for a reason that INT8 does not know. A float's error is relative: a
 channel that is divided by two loses nothing and gains nothing as long as it stays within the 15 binades of normal
@@ -28,6 +28,7 @@ from ..quantize import quantize
 from ..tile import Tile
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
+WORTH = 0.99  # a migration must lower the error to this share of it; less is chance
 MOST = 24  # binades that a channel is moved at most
 
 
@@ -67,6 +68,7 @@ def searched(
     exact = [x @ w.float().t() for w in weights]
     errors = {alpha: output_error(x, weights, exact, scheme, spread(move)) for alpha, move in tried.items()}
     alpha = min(errors, key=lambda a: errors[a])
+    alpha = alpha if errors[alpha] < WORTH * errors[None] else None
     return tried[alpha], {"alpha": alpha, "before": errors[None], "after": errors[alpha]}
 
 
