@@ -32,6 +32,7 @@ MAGNITUDES = 0x7F80  # BF16 bits below infinity
 OBSERVERS = ("max", "percentile", "mse", "kl", "auto")
 COSTS = {"mse": squared_error, "kl": divergence}
 SLAB = 1 << 20  # columns that are counted at once
+WORTH = 0.999  # the share of the error of max that another observer must fall below to win
 
 
 class Magnitudes:
@@ -137,11 +138,13 @@ def choose(
 ) -> tuple[Tensor, list[str], dict[str, Tensor]]:
     """`auto`: `(scales [groups], the observer of each group, each observer's squared error on `check` [groups])`.
 
-    The four are not guarded: `check` judges them. What ties takes the name that comes first, and `max` is the first.
+    The four are not guarded: `check` judges them. One that saves less than a thousandth of the error of `max` does not
+    win: on other text again it would clip for nothing.
     """
     scales = {name: scales_of(seen, name, percentile, rounding, guarded=False) for name in OBSERVERS[:-1]}
     errors = {name: expected_error(check, each) for name, each in scales.items()}
-    winner = torch.stack(list(errors.values())).argmin(0)
+    least, winner = torch.stack(list(errors.values())).min(0)
+    winner = torch.where(least < WORTH * errors["max"], winner, 0)
     return torch.stack(list(scales.values())).gather(0, winner[None])[0], [OBSERVERS[i] for i in winner], errors
 
 
