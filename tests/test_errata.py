@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fp8
+from fp8.calibrate.hadamard import Rotation
 from fp8.formats import E4M3, E5M2, FORMATS
 
 ERRATA = Path(__file__).parent.parent / "docs" / "errata.md"
@@ -285,6 +286,17 @@ def test_input_channel_scales_must_go_into_the_weights() -> None:
     assert torch.allclose((x / per_channel) @ (w * per_channel).T, x @ w.T)
     ratio = (x @ w.T) / ((x / per_channel) @ w.T)  # no factor after the sum can repair it
     assert float(ratio.std()) > 0.1 * abs(float(ratio.mean()))
+
+
+def test_rotation_spreads_the_noise_of_outliers_that_the_weights_expect() -> None:
+    x, w = gaussian(128, 512), gaussian(64, 512, seed=1)
+    x[:, :4] *= 100
+    w[:, :4] /= 100
+    turn, y = Rotation(512, seed=0).turn, x @ w.T
+    turned = [turn(t).float() for t in (x, w)]
+    pairs = ((x, w), turned)
+    plain, rotated = (float((dequantized(a) @ dequantized(b).T - y).norm() / y.norm()) for a, b in pairs)
+    assert plain < 0.045 < 0.2 < rotated
 
 
 def test_block_sketch_divides_zero_by_zero() -> None:

@@ -13,8 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fp8.formats import format_of
+from fp8.quantize import run_quantize, run_quantize_both
 from fp8.recipe import Delayed, Recipe
 from fp8.scaling import ArticleState, DelayedState, reduced, scale_gradients, state_for, update
+from fp8.tile import Tile
 
 
 def state(**settings) -> DelayedState:  # type: ignore[no-untyped-def]
@@ -266,3 +269,18 @@ def test_the_article_rule_ignores_inf_and_writes_nothing_in_evaluation() -> None
     before = copy.deepcopy(held.state_dict())
     held.before(2, torch.tensor([[1e9]]), False)
     assert all(torch.equal(before[key], value) for key, value in held.state_dict().items())
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_an_amax_that_is_handed_in_is_raised_where_it_lies(both: bool, device: torch.device) -> None:
+    """As delayed scaling's `pending`, which starts at -1: any finite amax is above it."""
+    x, scale = torch.tensor([[0.0, -3.0, float("inf")]], device=device), torch.ones(1, 1, device=device)
+    door = run_quantize_both if both else run_quantize
+    for start, want in ((-1.0, 3.0), (2.0, 3.0), (5.0, 5.0)):
+        held = torch.tensor([7.0, start, 7.0], device=device)
+        *_, amax = door(x, scale, format_of("e4m3"), Tile.of("tensor"), True, amax=held[1])
+        assert amax.data_ptr() == held[1].data_ptr()
+        assert held.tolist() == [7.0, want, 7.0]
+    held = torch.tensor(-1.0, device=device)
+    door(torch.zeros(2, 4, device=device), scale, format_of("e4m3"), Tile.of("tensor"), True, amax=held)
+    assert held == 0.0

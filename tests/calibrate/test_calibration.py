@@ -87,12 +87,23 @@ def test_exact_scales_are_amax_over_448(models):
 
 
 def test_a_percentile_clips_no_more_than_it_says_where_it_was_measured(models):
-    low, high = (scales_of(models["llama"], observer=o, percentile=90.0, scales="none") for o in ("percentile", "max"))
+    given = {"percentile": 90.0, "scales": "none", "guarded": False}
+    low, high = (scales_of(models["llama"], observer=o, **given) for o in ("percentile", "max"))
     for name, heads in low.values.items():
         assert all(a < b for a, b in zip(heads, high.values[name], strict=True))
     seen = low.how["held_out"]["value"]
     assert 0.05 < seen["saturated"] < 0.2 and seen["worst"]["module"].endswith("self_attn")
     assert high.how["held_out"]["value"]["saturated"] < 0.01
+
+
+def test_auto_tells_which_observer_won_where_and_by_how_much(models):
+    scales = scales_of(models["llama"], observer="auto", scales="none", inputs=True)
+    for kind, groups in (("key", 4), ("value", 4), ("input", 14)):
+        told = scales.how["observers"][kind]
+        assert sum(told["won"].values()) == groups == sum(map(len, told["where"].values()))
+        assert told["error_to_max"]["auto"] <= min(told["error_to_max"].values()) + 1e-12
+        assert all(share <= 1 for winners in told["where"].values() for _, share in winners)
+    assert "observers" not in scales_of(models["llama"]).how
 
 
 def test_text_unlike_the_calibration_text_shows(models, tmp_path):

@@ -18,7 +18,6 @@ from torch import Tensor
 import fp8
 from fp8.errors import FormatError, RecipeError, ShapeError, TensorError, TileError
 from fp8.formats import Format, format_of
-from fp8.quantize import run_quantize, run_quantize_both
 from fp8.tile import Tile
 
 FORMATS = ("e4m3", "e5m2")
@@ -347,21 +346,6 @@ def test_a_given_scale_may_be_any_number_for_every_backend(monkeypatch: pytest.M
         fp8.quantize(x, scale=scale)
         fp8.quantize_both(x, scale=scale)
     assert told == [False, False, True, True]
-
-
-@pytest.mark.parametrize("both", [False, True])
-def test_an_amax_that_is_handed_in_is_raised_where_it_lies(both: bool, device: torch.device) -> None:
-    """As delayed scaling's `pending`, which starts at -1: any finite amax is above it."""
-    x, scale = torch.tensor([[0.0, -3.0, float("inf")]], device=device), torch.ones(1, 1, device=device)
-    door = run_quantize_both if both else run_quantize
-    for start, want in ((-1.0, 3.0), (2.0, 3.0), (5.0, 5.0)):
-        held = torch.tensor([7.0, start, 7.0], device=device)
-        *_, amax = door(x, scale, format_of("e4m3"), Tile.of("tensor"), True, amax=held[1])
-        assert amax.data_ptr() == held[1].data_ptr()
-        assert held.tolist() == [7.0, want, 7.0]
-    held = torch.tensor(-1.0, device=device)
-    door(torch.zeros(2, 4, device=device), scale, format_of("e4m3"), Tile.of("tensor"), True, amax=held)
-    assert held == 0.0
 
 
 def test_strides_do_not_matter() -> None:

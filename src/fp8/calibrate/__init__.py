@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from .calibration import Calibration
 from .observers import OBSERVERS, Magnitudes
+from .remedies import Remedies
 
-__all__ = ["OBSERVERS", "Calibration", "Magnitudes"]
+__all__ = ["OBSERVERS", "Calibration", "Magnitudes", "Remedies"]

@@ -4,13 +4,14 @@ The model runs in high precision. K is seen after the rotary embedding and V as 
 model hands them to its cache: whatever a model does before that, this is what a server stores. Inputs of linear layers
 are seen in hooks. All are counted exactly (`observers.py`).
 
-Every eighth row of text is held out. It chooses nothing; it tells what share of it the chosen scales would clip, and
-how much larger than anything in the calibration text its largest magnitude is. A text that does not represent what will
-be served shows here.
+Every eighth row of text is held out. It chooses nothing (but, with `auto`, which of four observers is believed); it
+tells what share of it the chosen scales would clip, and how much larger than anything in the calibration text its
+largest magnitude is. A text that does not represent what will be served shows here.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,14 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.layers import Layers, attention_layers, linear_layers
-from ..checkpoint.quantize import Scales, scale_of
+from ..checkpoint.quantize import Scales
 from ..checkpoint.source import Source
 from ..errors import ConfigError, DataError
 from ..train.loop import device_of
-from .observers import Magnitudes, observe, one_observer, saturated
+from .observers import OBSERVERS, Magnitudes, choose, one_observer, saturated, scales_of
 from .running import Runner, run_model
 from .text import digest, read_texts, rows_of, tokenizer_for
 
+SMALLEST = 1e-300
 HELD_OUT = 8  # one row in so many
 Seen = dict[tuple[str, str], Magnitudes]  # ("key" | "value" | "input", module)
 
@@ -38,7 +40,7 @@ class Calibration:
 
     texts        files, `*.jsonl` with a field "text", or `moby-dick`
     kv, inputs   scales of the KV cache by head; of the inputs of FP8 layers
-    observer     "max", or "percentile" with `percentile`
+    observer     "max", "percentile" with `percentile`, "mse", "kl", or "auto": whichever errs least on held-out text
     tokenizer    "bytes" or a folder, where the model's is not beside it
     scales       "power_of_two" or "none" (amax / 448)
     """
@@ -50,6 +52,7 @@ class Calibration:
     length: int = 256
     observer: str = "max"
     percentile: float = 99.99
+    guarded: bool = True  # take a choice back to max where it costs more squared error (`observers.py`)
     tokenizer: str | None = None
     scales: str = "power_of_two"
     device: str = "cpu"  # or auto, cuda, cuda:N
@@ -91,7 +94,7 @@ class Calibration:
 
     def choose(self, seen: Seen, check: Seen, tokens: int, held: int) -> Scales:
         """Scales from what was counted, and what the held-out text says of them."""
-        scales = {place: self.scale(counts) for place, counts in seen.items()}
+        scales, won = self.scales_of(seen, check)
         by_kind: dict[str, dict[str, list[float]]] = {"key": {}, "value": {}, "input": {}}
         for (kind, name), scale in scales.items():
             by_kind[kind][name] = scale.tolist()
@@ -99,12 +102,38 @@ class Calibration:
             "observer": self.observer, **({"percentile": self.percentile} if self.observer == "percentile" else {}),
             "texts": list(self.texts), "tokens": tokens, "held_out_tokens": held,
             "held_out": {kind: verdict(kind, scales, seen, check) for kind in by_kind if by_kind[kind]},
+            **({"observers": won} if won else {}),
         }  # fmt: skip
         return Scales({n: s[0] for n, s in by_kind["input"].items()}, by_kind["key"], by_kind["value"], how)
 
-    def scale(self, counts: Magnitudes) -> Tensor:
-        amax = observe(counts, self.observer, self.percentile)
-        return torch.cat([scale_of(float(value), self.scales).flatten() for value in amax])
+    def scales_of(self, seen: Seen, check: Seen) -> tuple[dict[tuple[str, str], Tensor], dict[str, Any]]:
+        """The scales of each place, and with `auto` which observers they come from."""
+        if self.observer != "auto":
+            how = (self.observer, self.percentile, self.scales, self.guarded)
+            return {place: scales_of(counts, *how) for place, counts in seen.items()}, {}
+        found = {p: choose(counts, check[p], self.percentile, self.scales) for p, counts in seen.items()}
+        kinds = dict.fromkeys(kind for kind, _ in seen)
+        won = {kind: winners({name: rest for (k, name), (_, *rest) in found.items() if k == kind}) for kind in kinds}
+        return {place: scales for place, (scales, *_) in found.items()}, won
+
+
+def winners(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Which observer won how many groups, where, and its squared error on held-out text as a share of that of `max`.
+
+    found    {module: (the observer of each group, {observer: squared error [groups]})}
+    """
+    count = Counter(name for names, _ in found.values() for name in names)
+    total = {name: float(sum(errors[name].sum() for _, errors in found.values())) for name in OBSERVERS[:-1]}
+    chosen = sum(float(errors[n][g]) for names, errors in found.values() for g, n in enumerate(names))
+    share = {name: error / max(total["max"], SMALLEST) for name, error in (total | {"auto": chosen}).items()}
+    where = {
+        module: [[n, share_of(errors, n, g)] for g, n in enumerate(names)] for module, (names, errors) in found.items()
+    }
+    return {"won": dict(count.most_common()), "error_to_max": share, "where": where}
+
+
+def share_of(errors: Mapping[str, Tensor], name: str, group: int) -> float:
+    return float(errors[name][group]) / max(float(errors["max"][group]), SMALLEST)
 
 
 def split(rows: Tensor) -> tuple[Tensor, Tensor]:

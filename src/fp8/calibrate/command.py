@@ -35,7 +35,9 @@ def quantize_command(
     ] = None,
     samples: Annotated[int, typer.Option(help="Rows of text to calibrate on; every eighth is held out.")] = 128,
     length: Annotated[int, typer.Option(help="Tokens a row.")] = 256,
-    observer: Annotated[str, typer.Option(help="max or percentile.")] = "max",
+    observer: Annotated[
+        str, typer.Option(help="max, percentile, mse, kl, or auto: whichever errs least on held-out text.")
+    ] = "max",
     percentile: Annotated[float, typer.Option(help="For the observer percentile.")] = 99.99,
     budget: Annotated[
         str | None, typer.Option(help="The rise of perplexity that is allowed, as 0.5%: layers stay BF16 for it.")
@@ -45,6 +47,10 @@ def quantize_command(
         str | None, typer.Option(help="'bytes', a tokenizer.json or its folder; else the model's.")
     ] = None,
     scales: Annotated[str, typer.Option(help="power_of_two, or none (amax / 448).")] = "power_of_two",
+    outliers: Annotated[
+        str, typer.Option(help="none, rotate, smooth, both, or auto: what helps on held-out text, if anything.")
+    ] = "none",
+    seed: Annotated[int, typer.Option(help="Of the rotation's signs.")] = 0,
     dtype: Annotated[
         str, typer.Option(help="Of what stays: auto (FP32 becomes BF16), bfloat16, float16, float32.")
     ] = "auto",
@@ -64,6 +70,8 @@ def quantize_command(
     [cyan]fp8 quantize models/SmolLM2 out --skip '*.down_proj' --no-kv-cache[/]
 
     [cyan]fp8 quantize models/SmolLM2 out --budget 0.5%[/]  what costs most stays, until perplexity rises by less
+
+    [cyan]fp8 quantize models/SmolLM2 out --outliers auto[/]  rotated or smoothed first, where that helps
     """
     from ..checkpoint.quantize import Options
     from ..train.finished import is_run
@@ -71,10 +79,10 @@ def quantize_command(
 
     options = Options(scheme, tuple(skip or ()), head, scales, dtype)
     if is_run(model):
-        if kv_cache or calibrate or budget or options != Options(scheme):
+        if kv_cache or calibrate or budget or outliers != "none" or options != Options(scheme):
             raise ConfigError(
                 f"{model} is a run of `fp8 train` and is written as it was trained: --skip, --head, --kv-cache, "
-                "--calibrate, --budget, --scales and --dtype are for Hugging Face models."
+                "--calibrate, --budget, --outliers, --scales and --dtype are for Hugging Face models."
             )
         typer.echo(export_run(model, out, options))
         return
@@ -84,7 +92,8 @@ def quantize_command(
     }  # fmt: skip
     try:
         room = None if budget is None else (parse_budget(budget), budget_samples)
-        written = quantize(model, out, options, kv_cache, given, Console(highlight=False, stderr=True), room)
+        console = Console(highlight=False, stderr=True)
+        written = quantize(model, out, options, kv_cache, given, console, room, (outliers, seed))
     except KeyboardInterrupt:
         typer.echo(f"stopped; what was written is kept in {out}.partial, and the same command goes on.", err=True)
         raise typer.Exit(130) from None
@@ -93,14 +102,17 @@ def quantize_command(
 
 def quantize(
     model: Path, out: Path, options: Any, kv_cache: bool | None, given: dict[str, Any], console: Console,
-    room: tuple[float, int] | None = None,
+    room: tuple[float, int] | None = None, outliers: tuple[str, int] = ("none", 0),
 ) -> Any:  # fmt: skip
     """`quantize_folder` with what it needs of calibration, and progress on a console. `room`: percent and rows."""
     from ..checkpoint.quantize import quantize_folder
     from ..checkpoint.source import Source
     from .budget import Budget
     from .calibration import Calibration
+    from .remedies import Remedies
 
+    method, seed = outliers
+    remedy = Remedies(method, options, Calibration(**given), seed) if method != "none" else None
     static = options.layout.inputs == "static"
     if kv_cache is None:
         kv_cache = generates(Source.open(model))
@@ -108,7 +120,7 @@ def quantize(
         calibration = Calibration(**given, kv=kv_cache, inputs=static, progress=text) if kv_cache or static else None
         own = {name: given[name] for name in ("texts", "length", "tokenizer", "device")}
         budget = Budget(room[0], samples=room[1], **own, progress=groups) if room else None
-        return quantize_folder(model, out, options, calibration, bytes_, budget)
+        return quantize_folder(model, out, options, calibration, bytes_, remedy=remedy, choose=budget)
 
 
 def generates(source: Any) -> bool:
@@ -159,6 +171,8 @@ def told(written: Any) -> str:
         lines.append(
             f"  kept, {why}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         )
+    if written.outliers:
+        lines.append(told_of_outliers(written.outliers))
     how = written.scales.how
     for kind, seen in how.get("held_out", {}).items():
         mean, worst = (f"{100 * share:.4f} %" for share in (seen["saturated"], seen["worst"]["saturated"]))
@@ -167,6 +181,9 @@ def told(written: Any) -> str:
             f"held-out tokens they clip {mean}, at worst {worst} in {seen['worst']['module']}; largest magnitude "
             f"there / here: {seen['amax_ratio']:.2f}"
         )
+        if won := how.get("observers", {}).get(kind):
+            names = ", ".join(f"{name} {count}" for name, count in won["won"].items())
+            lines.append(f"    observers: {names}; held-out squared error {won['error_to_max']['auto']:.4f} of max's")
     lines += told_of_budget(written.choice.how)
     refused = [reader for reader in readers(Fp8Folder.open(written.folder)) if reader.verdict == "no"]
     return "\n".join([*lines, *(f"  {reader.name} cannot load it: {reader.reasons[0]}" for reader in refused)])
@@ -190,6 +207,23 @@ def told_of_budget(how: Mapping[str, Any]) -> list[str]:
     if seen["not_measured"]:
         lines.append(f"  in FP8 and not measured: {len(seen['not_measured'])} experts")
     return lines
+
+
+def told_of_outliers(told: Any) -> str:
+    """What was applied, and what each remedy did to the loss on held-out text."""
+    nats = ", ".join(f"{name} {value:.4f}" for name, value in told["nats"].items())
+    gains = "; ".join(f"{name} lowers it by {told_of_gain(g)}" for name, g in told["gain"].items())
+    untied = "; the head is untied from the embedding" if told["head"] == "untied" else ""
+    return (
+        f"  outliers: {told['applied']}{untied}\n"
+        f"    nats a token on {told['held_out_tokens']:,} held-out tokens: {nats}\n"
+        f"    against plain FP8 ('none'), 95 %: {gains}"
+    )
+
+
+def told_of_gain(gain: Any) -> str:
+    width = f" +- {gain['half_width']:.4f}" if gain["half_width"] is not None else " (too few rows for an interval)"
+    return f"{gain['mean']:.4f}{width}"
 
 
 def export_run(run: Path, out: Path, options: Any) -> str:
@@ -251,9 +285,13 @@ def verify_command(
         words = tokenizer_for(out, tokenizer or ("bytes" if config.tokenizer == "bytes" else None))
         verdict = verify(out, made, rows_of_prompts(words, prompts))
     else:
+        from ..checkpoint.source import Source
+        from .remedies import as_written
+
         words = tokenizer_for(out, tokenizer)
+        source = as_written(Source.open(against), out)
         window = text_rows(words, text, tokens, out) if tokens else None
-        verdict = verify(out, against, rows_of_prompts(words, prompts), window, transformers)
+        verdict = verify(out, source, rows_of_prompts(words, prompts), window, transformers)
     if as_json:
         typer.echo(json.dumps(verdict.to_dict(), indent=2, allow_nan=False))
     else:

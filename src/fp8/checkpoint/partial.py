@@ -139,8 +139,11 @@ class Partial:
             os.fsync(stream.fileno())
         aside.replace(self.folder / file)
 
-    def finish(self, config: Mapping[str, Any], files: Mapping[str, Sequence[Task]], source: Source) -> None:
-        """Write what stands beside the weights, and give the folder its name."""
+    def finish(
+        self, config: Mapping[str, Any], files: Mapping[str, Sequence[Task]], source: Source,
+        beside: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:  # fmt: skip
+        """Write what stands beside the weights, also `beside` (JSON by file name), and give the folder its name."""
         index = {name: file for file, tasks in files.items() for task in tasks for name in task.outputs}
         write_json(self.folder / "config.json", config)
         if set(index.values()) != {SINGLE}:
@@ -152,6 +155,8 @@ class Partial:
             target = self.folder / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((source.folder / relative).read_bytes())
+        for name, plain in (beside or {}).items():
+            write_json(self.folder / name, plain)
         (self.folder / MANIFEST).unlink(missing_ok=True)
         self.folder.rename(self.out)
 

@@ -16,7 +16,7 @@ shard of OUT needs one shard of the source, and `partial.py` can go on behind an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,8 +30,9 @@ from ..quantize import INPUTS, Quantized
 from ..quantize import quantize as quantize_tensor
 from ..tile import Tile
 from .compressed_tensors import E4M3, Scheme, check_values, own_config, quantization_config
+from .decisions import Calibrate, Choice, Choose, Decisions, Remedy, Scales, calibrated, changed, chosen
 from .layers import Layers, choose_layers, fused_group, refuse_shapes, skeleton
-from .partial import Partial, Progress, Task, making, promised
+from .partial import Progress, Task, making, promised
 from .source import Source
 
 SLAB = 1 << 24  # elements that are quantized at once
@@ -73,30 +74,6 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Scales:
-    """Calibrated scales (they dequantize): of layers' inputs, and of each attention module's keys and values by head.
-
-    `how` is told in `config.json`: the observer, the text, what held-out text says of the scales.
-    """
-
-    inputs: Mapping[str, float] = field(default_factory=dict)
-    keys: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    values: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    how: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Layers that stay beyond those that `Options` name, with the reason of each, and how that came about (`how`)."""
-
-    kept: Mapping[str, str] = field(default_factory=dict)
-    how: Mapping[str, Any] = field(default_factory=dict)
-
-
-Choose = Callable[[Source, Layers, Options, Scales], Choice]
-
-
-@dataclass(frozen=True)
 class Written:
     """What was made. Bytes are of tensors."""
 
@@ -106,7 +83,8 @@ class Written:
     source_nbytes: int
     scales: Scales
     resumed: bool
-    choice: Choice = Choice()
+    choice: Choice = field(default_factory=Choice)
+    outliers: Mapping[str, Any] = field(default_factory=dict)  # what was measured of remedies
 
     def __str__(self) -> str:
         share = 100 * self.nbytes / self.source_nbytes
@@ -120,15 +98,16 @@ def quantize_folder(
     source: str | Path,
     out: str | Path,
     options: Options | None = None,
-    calibrate: Callable[[Source, Layers], Scales] | None = None,
+    calibrate: Calibrate | None = None,
     progress: Progress | None = None,
+    *,
+    remedy: Remedy | None = None,
     choose: Choose | None = None,
 ) -> Written:
     """Write the FP8 checkpoint of a Hugging Face folder.
 
-    calibrate    finds scales of inputs and of the KV cache; called once, its result survives an interruption
-    choose       says which more layers stay; called once after that, its result survives too
-    progress     is called with the bytes written and those to write
+    calibrate, remedy, choose    what is found out before (`decisions.py`), once: an interruption does not lose it
+    progress                     is called with the bytes written and those to write
 
     OUT appears when it is complete; after an interruption the same call goes on. The same input gives the same bytes.
     Raises `CheckpointError` for a source that is damaged, quantized already, or not finite; for an OUT that exists; for
@@ -141,16 +120,22 @@ def quantize_folder(
     layers = choose_layers(model, empty, options.skip, options.head)
     refuse_shapes(model, empty)
     refuse_types(model, layers)
-    with making(Path(out), facts(model, options, calibrate, choose)) as partial:
+    original, beside = model, {}
+    asked = {"calibration": calibrate, "choice": choose, "remedy": remedy}
+    with making(Path(out), facts(model, options, asked)) as partial:
+        if remedy is not None:
+            model, beside = changed(partial, model, layers, remedy)
+            layers = choose_layers(model, skeleton(model), options.skip, options.head)
         scales = calibrated(partial, model, layers, calibrate)
         refuse_uncalibrated(options, layers, scales)
         choice = chosen(partial, lambda made: made(model, layers, options, scales), choose)
         layers = layers.keeping(choice.kept)
+        found = Decisions(scales, choice, partial.notes.get("remedy", {}).get("told", {}))
         files = tasks(model, layers, options, scales)
         partial.write(files, progress)
-        partial.finish(config(model, layers, options, scales, choice), files, model)
+        partial.finish(config(model, layers, options, found), files, model, beside)
     size = sum(task.nbytes for made in files.values() for task in made)
-    return Written(Path(out), layers, size, model.nbytes, scales, partial.resumed, choice)
+    return Written(Path(out), layers, size, original.nbytes, scales, partial.resumed, choice, found.outliers)
 
 
 # --------------------------------------------------------------------------- checks
@@ -184,33 +169,12 @@ def refuse_uncalibrated(options: Options, layers: Layers, scales: Scales) -> Non
         raise CheckpointError(f"scheme 'static' needs a calibrated scale for the input of {missing[0]}: calibrate.")
 
 
-def facts(source: Source, options: Options, calibrate: Any, choose: Any) -> dict[str, Any]:
+def facts(source: Source, options: Options, asked: Mapping[str, Any]) -> dict[str, Any]:
     """All that decides the bytes of OUT."""
     from .. import __version__
 
-    how, which = (getattr(made, "facts", None) if made is not None else "none" for made in (calibrate, choose))
-    own = {"fp8": __version__, "source": source.fingerprint(), "options": asdict(options)}
-    return own | {"calibration": how, "choice": which}
-
-
-def calibrated(
-    partial: Partial, source: Source, layers: Layers, calibrate: Callable[[Source, Layers], Scales] | None
-) -> Scales:
-    """The scales, from the manifest where an earlier start found them."""
-    if calibrate is None:
-        return Scales()
-    if "scales" not in partial.notes:
-        partial.note("scales", asdict(calibrate(source, layers)))
-    return Scales(**partial.notes["scales"])
-
-
-def chosen(partial: Partial, ask: Callable[[Choose], Choice], choose: Choose | None) -> Choice:
-    """What else stays, from the manifest where an earlier start decided it."""
-    if choose is None:
-        return Choice()
-    if "choice" not in partial.notes:
-        partial.note("choice", asdict(ask(choose)))
-    return Choice(**partial.notes["choice"])
+    how = {what: "none" if step is None else getattr(step, "facts", None) for what, step in asked.items()}
+    return {"fp8": __version__, "source": source.fingerprint(), "options": asdict(options)} | how
 
 
 # --------------------------------------------------------------------------- tensors
@@ -335,19 +299,18 @@ def kv_tasks(source: Source, scales: Scales) -> Iterator[tuple[str, Task]]:
 # --------------------------------------------------------------------------- config.json
 
 
-def config(source: Source, layers: Layers, options: Options, scales: Scales, choice: Choice) -> dict[str, Any]:
+def config(source: Source, layers: Layers, options: Options, found: Decisions) -> dict[str, Any]:
     """The `config.json` of OUT."""
-    kv = "attn_head" if scales.keys else None
+    kv = "attn_head" if found.scales.keys else None
     quantization = quantization_config({options.layout: layers.fp8}, layers.ignore, kv)
     tokenizer = (source.config.get("fp8") or {}).get("tokenizer")
-    own = own_config([options.layout], tokenizer) | {"quantized": told(options, scales, choice)}
+    own = own_config([options.layout], tokenizer) | {"quantized": told(options, found)}
     kept_as = str(kept_dtype(source.dtype, options.dtype)).removeprefix("torch.")
     types = {key: kept_as for key in ("dtype", "torch_dtype") if key in source.config} or {"torch_dtype": kept_as}
     return {**source.config, **types, "quantization_config": quantization, "fp8": own}
 
 
-def told(options: Options, scales: Scales, choice: Choice) -> dict[str, Any]:
+def told(options: Options, found: Decisions) -> dict[str, Any]:
     """How the file was made: what `fp8 verify` needs to make it again."""
-    how = {"scheme": options.scheme, "weight_scale_rounding": options.scales, "kept_dtype": options.dtype,
-           "calibration": dict(scales.how) or None}  # fmt: skip
-    return how | ({"budget": dict(choice.how)} if choice.how else {})
+    own = {"scheme": options.scheme, "weight_scale_rounding": options.scales, "kept_dtype": options.dtype}
+    return own | found.told

@@ -64,14 +64,14 @@ class Verdict:
 
 def verify(
     out: str | Path,
-    against: str | Path | Decoder,
+    against: str | Path | Source | Decoder,
     prompts: Tensor | None = None,
     text: Tensor | None = None,
     transformers: bool = True,
 ) -> Verdict:
     """Hold an FP8 checkpoint against the model that it was made of.
 
-    against        a Hugging Face folder in high precision, or a decoder trained or loaded here
+    against        a Hugging Face folder in high precision, a source with changes, or a decoder trained or loaded here
     prompts        tokens [n, T] whose logits must be equal; None: not asked
     text           tokens [n, T] for perplexity; None: not asked
     transformers   also load it with transformers, where that and compressed-tensors are installed
@@ -81,7 +81,7 @@ def verify(
     folder = Fp8Folder.open(out)
     if isinstance(against, Decoder):
         return Verdict(tuple(_decoder_checks(folder, against, prompts)))
-    source = Source.open(against)
+    source = against if isinstance(against, Source) else Source.open(against)
     return Verdict(tuple(_checks(folder, source, prompts, text, transformers)))
 
 

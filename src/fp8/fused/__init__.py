@@ -6,6 +6,7 @@ where it was made, and is never stored in BF16.
     across       the transposed codes of a matrix, later than the others
     adamw        the optimizer, which writes the next step's weight codes (`fp8.AdamW`)
     rope         rotary positions of a joined q, k, v product; their backward
+    hadamard     the online rotation, which gives values: what rounds them comes after
 
 Each has a reference, which defines it, and kernels that equal the unfused path in bytes: what is quantized, and what is
 measured, is the value rounded to the type that an unfused kernel would store. With no `Target` the same kernels store
@@ -16,11 +17,12 @@ These are no autograd functions: `nn/fused.py` composes them, since codes cross 
 
 from .across import across
 from .activation import activation, activation_backward
+from .hadamard import hadamard
 from .norm import norm, norm_across, norm_backward
 from .rope import Heads, rope, rope_backward
 from .target import Codes, Target
 
 __all__ = [
-    "Codes", "Heads", "Target", "across", "activation", "activation_backward", "norm", "norm_across", "norm_backward",
-    "rope", "rope_backward",
+    "Codes", "Heads", "Target", "across", "activation", "activation_backward", "hadamard", "norm", "norm_across",
+    "norm_backward", "rope", "rope_backward",
 ]  # fmt: skip
