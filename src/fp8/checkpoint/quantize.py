@@ -235,13 +235,23 @@ def quantized_layer(source: Source, layer: str, options: Options, tensor_scales:
 
 def quantize_weight(weight: Tensor, scheme: Scheme, scale: Tensor | None = None) -> Quantized:
     """`fp8.quantize` of a weight [N, K] as the scheme says, in slabs of whole tiles. `scale`: that of the tensor."""
-    tile = Tile(0, 0) if scheme.per_tensor else Tile(128, 128) if scheme.block else Tile(1, 0)
+    tile = scheme.tile
     if scheme.per_tensor and scale is None:
         scale = scale_of(largest(weight), scheme.scale_rounding)
     rows = max(SLAB // max(weight.shape[1], 1) // 128, 1) * 128
     parts = [quantize_tensor(slab, "e4m3", tile, scheme.scale_rounding, scale=scale) for slab in weight.split(rows)]
     codes = torch.cat([part.codes.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
     return Quantized(codes, parts[0].scale if scheme.per_tensor else torch.cat([p.scale for p in parts]), tile, E4M3)
+
+
+def as_served(q: Quantized) -> Quantized:
+    """The weight as a reader of the file multiplies by it: one scale for all becomes one for each row, codes as they
+    are."""
+    return (
+        q
+        if q.tile != Tile(0, 0)
+        else Quantized(q.codes, q.scale.expand(len(q.codes), 1).contiguous(), Tile(1, 0), q.format)
+    )
 
 
 class TensorScales:

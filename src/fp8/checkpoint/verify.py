@@ -28,14 +28,13 @@ from torch import Tensor, nn
 from ..errors import Fp8Error
 from ..models.llama import Decoder
 from ..quantize import Quantized
-from ..tile import Tile
 from .compressed_tensors import Scheme
 from .export import encode
 from .fp8_folder import Fp8Folder
 from .frozen import Layer, assembled, frozen_model, outputs
 from .layers import Layers, linear_layers, need_transformers
 from .load import build, groups_of, load
-from .quantize import Options, TensorScales, kept_dtype, quantize_weight
+from .quantize import Options, TensorScales, as_served, kept_dtype, quantize_weight
 from .source import Source
 
 
@@ -152,10 +151,7 @@ class Again:
         """The model that was evaluated: quantized in memory, with the calibrated scales that belong to it."""
         layers: dict[str, Layer] = {}
         for name, scheme in self.folder.layers.items():
-            q = self.weight(name)
-            if scheme.per_tensor:
-                q = Quantized(q.codes, q.scale.expand(q.shape[0], 1).contiguous(), Tile(1, 0), q.format)
-            layers[name] = (q, scheme, self.folder.input_scale(name))
+            layers[name] = (as_served(self.weight(name)), scheme, self.folder.input_scale(name))
         return assembled(self.source, layers, self.rest(), self.folder.source.dtype)
 
 
