@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -45,6 +45,7 @@ from ..nn.transformer import SelfAttention
 from ..recipe import Recipe
 
 KV = (None, "head", "token")
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def prepare_qat(
@@ -199,7 +200,7 @@ def kv_heads(model: nn.Module, module: nn.Module) -> int:
 # --------------------------------------------------------------------------- behind the training
 
 
-def finalize(model: nn.Module) -> nn.Module:
+def finalize(model: Model) -> Model:
     """Put the codes in the place of the weights, in place; returns the model, which is then for inference.
 
     A linear layer becomes the layer that an FP8 checkpoint loads as, with codes and scales equal, in bytes, to those
