@@ -22,14 +22,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import quantize as exported
 from ..errors import ConfigError, suggest
 from ..nn import convert, refresh, revert
 from ..quantize import quantize
 from ..recipe import PRESETS, Operand, Recipe
 from ..tile import Tile
 
-DYNAMIC = Recipe.of("rowwise").replace(name="dynamic", scale_rounding="none")
-BLOCK = Recipe.of("blockwise").replace(name="block", scale_rounding="none")
+DYNAMIC, BLOCK = (
+    scheme.recipe(scheme.tile).replace(name=name, scale_rounding="none")
+    for name, scheme in exported.SCHEMES.items()
+    if name in ("dynamic", "block")
+)
 SCHEMES = ("none", "dynamic", "block", "weight-only", "int8")
 INT8_MAX = 127.0
 
