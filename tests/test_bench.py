@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import tiny_models
 from fp8.bench import optimizer, plan, rates
 from fp8.bench.command import command
 from fp8.bench.table import markdown
@@ -100,3 +101,25 @@ def test_the_bytes_of_a_step() -> None:
     assert of(torch.float32, "fp32", "blockwise", True) == 28 + 2
     assert of(torch.float32, "bf16", "tensorwise", True) == 20 + 4 + 2
     assert of(torch.bfloat16, "bf16", None, False) == 2 + 8 + 2 + 8
+
+
+@pytest.mark.filterwarnings("default")
+def test_quantization_aware_training_is_measured_beside_plain_rounding(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    """On any machine: trainings compared by held-out rows, three models judged by the same windows of another text."""
+    from fp8.bench import qat
+    from fp8.train.text import moby_dick
+
+    model = tiny_models.build(tmp_path / "model", "llama")
+    test = tmp_path / "test.txt"
+    test.write_text(moby_dick().read_text()[:400])
+    sizes = ("--steps", "2", "--batch", "2", "--length", "24", "--window", "64", "--device", "cpu")
+    rates = ("--lr", "1e-5", "1e-4", "--out", str(tmp_path))
+    qat.main([str(model), "--train", "moby-dick", "--test", str(test), *sizes, *rates])
+    found = json.loads((tmp_path / "qat.json").read_text())["results"]
+    chosen = [row for row in found["trainings"] if row["chosen"]]
+    assert len(found["trainings"]) == 2 and len(chosen) == 1
+    assert chosen[0]["held_out"]["trained"] == min(row["held_out"]["trained"] for row in found["trainings"])
+    judged = {row["which"]: row["figures"][0] for row in found["judged"]}
+    assert list(judged) == ["model", "plain rounding", "rounded in training"]
+    assert all(200 < figure["value"]["value"] < 400 for figure in judged.values())
+    assert judged["plain rounding"]["loss"] is not None

@@ -60,7 +60,9 @@ def run(name: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, Counter[str
 
 
 def test_every_example_is_tested_and_listed() -> None:
-    assert NAMES == ["block_quantization", "dynamic_scaler", "fp8_gemm", "hyperparameters", "train_tiny_transformer"]
+    assert NAMES == [
+        "block_quantization", "dynamic_scaler", "fp8_gemm", "hyperparameters", "qat_loop", "train_tiny_transformer"
+    ]  # fmt: skip
     listed = (EXAMPLES / "README.md").read_text()
     assert all(f"`{name}.py`" in listed for name in NAMES)
     assert "QAT loop" in listed
@@ -85,6 +87,21 @@ def test_the_training_example_runs_its_linear_layers_in_fp8(capsys, products) ->
     assert all(6.9 < loss < 7.4 for loss in losses)
     assert "ln(1000) = 6.9078" in printed
     assert "torch.Size([4, 32])" in printed
+
+
+def test_the_qat_loop_rounds_every_product_and_ends_in_codes(capsys, products) -> None:  # type: ignore[no-untyped-def]
+    """Five layers (in_proj, out_proj, linear1, linear2, head): 30 batches and one evaluation rounded, then one forward
+    of codes times codes, to the same loss."""
+    printed, roles = run("qat_loop", capsys)
+    assert roles == {"rounded": 155, "forward": 5}
+    assert products["reference"] == 5
+    losses = [float(loss) for loss in re.findall(r"Batch \d+, Loss: ([\d.]+)", printed)]
+    assert len(losses) == 3 and all(6.9 < loss < 7.4 for loss in losses)
+    rounded, codes = map(
+        float, re.search(r"activations: ([\d.]+); FP8 codes times FP8 codes: ([\d.]+)", printed).groups()
+    )  # type: ignore[union-attr]
+    assert codes == pytest.approx(rounded, abs=1e-4)
+    assert "lm_head: torch.float8_e4m3fn" in printed and "ln(1000) = 6.9078" in printed
 
 
 def test_the_gemm_example_needs_its_scales(capsys, products) -> None:  # type: ignore[no-untyped-def]

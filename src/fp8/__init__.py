@@ -30,6 +30,7 @@ from .tile import Tile
 
 if TYPE_CHECKING:
     from . import advise
+    from .calibrate.qat import finalize, prepare_qat
     from .train.optimizer import adjust_hyperparameters
 
 __all__ = [
@@ -51,8 +52,10 @@ __all__ = [
     "convert",
     "count_products",
     "explain_matmul",
+    "finalize",
     "graph",
     "matmul",
+    "prepare_qat",
     "quantize",
     "quantize_both",
     "refresh",
@@ -69,6 +72,8 @@ def __getattr__(name: str) -> Any:
         from .train.optimizer import adjust_hyperparameters
 
         return adjust_hyperparameters
+    if name in ("prepare_qat", "finalize"):
+        return getattr(importlib.import_module(".calibrate.qat", __name__), name)
     if name == "advise":
         return importlib.import_module(".advise", __name__)
     raise AttributeError(f"module 'fp8' has no attribute {name!r}")

@@ -20,6 +20,7 @@ from . import __version__
 from .advise.command import plan_command, profile_command
 from .bench.command import command as bench_command
 from .calibrate.command import quantize_command, verify_command
+from .calibrate.qat_command import qat_command
 from .checkpoint.command import convert_command, lint_command
 from .errors import Fp8Error
 from .evaluate.command import command as eval_command
@@ -160,6 +161,7 @@ app.command("plan")(plan_command)
 app.command("train")(train_command())  # its flags are the settings of TrainConfig
 app.command("profile")(profile_command)
 app.command("quantize")(quantize_command)
+app.command("qat")(qat_command)
 app.command("convert")(convert_command)
 app.command("lint")(lint_command)
 app.command("verify")(verify_command)

@@ -89,6 +89,11 @@ class Scheme:
         """The schema's name for it."""
         return "naive-quantized" if self.inputs == "none" else "float-quantized"
 
+    @property
+    def tile(self) -> Tile:
+        """What shares a scale when a weight is quantized by this scheme."""
+        return Tile(0, 0) if self.per_tensor else Tile(*self.block) if self.block else Tile(1, 0)
+
     def scale_shape(self, rows: int, cols: int) -> tuple[int, ...]:
         """The shape of `weight_scale`."""
         if self.per_tensor:

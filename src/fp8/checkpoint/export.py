@@ -144,8 +144,9 @@ def add_codes(tensors: dict[str, Tensor], ours: str, layer: Any, parts: list[Sha
             f"{ours} has {q.format.name} weights and {layer.recipe.x.format} activations; float-quantized checkpoints "
             "hold e4m3 only: train that layer with another recipe."
         )
-    inputs = getattr(layer, "input_scale", None)
-    kind = "none" if getattr(layer, "weight_only", False) else "dynamic" if inputs is None else "static"
+    part = getattr(layer, "fp8", layer)  # where a layer that is being trained keeps what a loaded one has itself
+    inputs = getattr(part, "input_scale", None)
+    kind = "none" if getattr(part, "weight_only", False) else "dynamic" if inputs is None else "static"
     scheme = replace(Scheme.of(layer.recipe, q.tile, parts), inputs=kind)
     for part, scale in zip(parts, shard_scales(q, scheme, parts), strict=True):
         codes = q.codes[part.start : part.stop]

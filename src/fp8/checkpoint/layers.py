@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -33,6 +33,32 @@ FUSED = (
 HEADS = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "pooler", "cls", "classification_head")
 ROUTERS = ("gate", "router", "shared_expert_gate")
 EXPERT = re.compile(r"\.experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj)$")
+
+
+class Held(Protocol):
+    """Tensors by their names in the files: a `Source`, or a model in memory."""
+
+    @property
+    def folder(self) -> Any: ...
+
+    @property
+    def entries(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A model that is no file yet, under the names that its file will have; tied tensors once."""
+
+    folder: str
+    entries: Mapping[str, Any]
+
+    @staticmethod
+    def of(model: nn.Module) -> InMemory:
+        first: dict[int, str] = {}
+        tensors = model.state_dict(keep_vars=True)
+        for name, tensor in tensors.items():
+            first.setdefault(id(tensor), name)
+        return InMemory(f"this {type(model).__name__}", {name: tensors[name] for name in first.values()})
 
 
 @dataclass(frozen=True)
@@ -105,7 +131,7 @@ def need_transformers() -> Any:
 # --------------------------------------------------------------------------- choosing
 
 
-def choose_layers(source: Source, model: nn.Module, skip: Sequence[str] = (), head: bool = False) -> Layers:
+def choose_layers(source: Held, model: nn.Module, skip: Sequence[str] = (), head: bool = False) -> Layers:
     """Which linear layers become FP8. `skip` holds names with `*`, or `re:` and a regular expression."""
     linear = dict(linear_layers(source, model))
     refuse_unmatched(skip, linear)
@@ -123,7 +149,7 @@ def choose_layers(source: Source, model: nn.Module, skip: Sequence[str] = (), he
     return Layers(fp8, kept, {name: module for name, module in linear.items() if name != module})
 
 
-def linear_layers(source: Source, model: nn.Module) -> Iterator[tuple[str, str]]:
+def linear_layers(source: Held, model: nn.Module) -> Iterator[tuple[str, str]]:
     """`(name in the files, name in the model)` of each linear layer; a tied head has no tensor and is called as is."""
     held = {name.removesuffix(".weight"): name for name in source.entries if name.endswith(".weight")}
     prefix = getattr(model, "base_model_prefix", "") + "."
@@ -135,7 +161,7 @@ def linear_layers(source: Source, model: nn.Module) -> Iterator[tuple[str, str]]
     yield from ((name, name) for name in held if EXPERT.search(name) and name not in seen)
 
 
-def _reason(name: str, source: Source, model: nn.Module, skip: Sequence[str], head: bool) -> str | None:
+def _reason(name: str, source: Held, model: nn.Module, skip: Sequence[str], head: bool) -> str | None:
     parts = name.split(".")
     if any(names(pattern, name) for pattern in skip):
         return "skipped"

@@ -28,7 +28,6 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError, suggest
 from ..quantize import INPUTS, Quantized
 from ..quantize import quantize as quantize_tensor
-from ..tile import Tile
 from .compressed_tensors import E4M3, Scheme, check_values, own_config, quantization_config
 from .decisions import Calibrate, Choice, Choose, Decisions, Remedy, Scales, calibrated, changed, chosen
 from .layers import Layers, choose_layers, fused_group, refuse_shapes, skeleton
@@ -225,7 +224,7 @@ def quantized_layer(source: Source, layer: str, options: Options, tensor_scales:
 
 def quantize_weight(weight: Tensor, scheme: Scheme, scale: Tensor | None = None) -> Quantized:
     """`fp8.quantize` of a weight [N, K] as the scheme says, in slabs of whole tiles. `scale`: that of the tensor."""
-    tile = Tile(0, 0) if scheme.per_tensor else Tile(128, 128) if scheme.block else Tile(1, 0)
+    tile = scheme.tile
     if scheme.per_tensor and scale is None:
         scale = scale_of(largest(weight), scheme.scale_rounding)
     rows = max(SLAB // max(weight.shape[1], 1) // 128, 1) * 128

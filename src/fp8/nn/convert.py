@@ -24,6 +24,7 @@ from ..recipe import Recipe
 from .attention import MultiheadAttention
 from .autocast import count_products
 from .break_even import gain
+from .kv_rounding import unround_kv
 from .linear import Conv2d, Linear
 from .products import Fp8Products
 
@@ -75,7 +76,7 @@ class Report:
         finally:
             for module, training in modes:
                 module.training = training
-        ran = products.layers()
+        ran = products.layers() | products.layers("rounded")
         seen = [replace(d, ran=_ran(d.name, ran)) if d.fp8 else d for d in self.decisions]
         return replace(self, decisions=tuple(seen))
 
@@ -242,21 +243,23 @@ def convert(
     decisions = [Decision(n, type(m).__name__, r is not None, why, _size(m)) for n, m, r, why in plan]
     for name, module, chosen, _ in plan:
         if chosen is not None:
-            _convert_one(model, name, module, chosen)
+            convert_module(model, name, module, chosen)
     _stay_off_the_fast_path(model, True)
     model.fp8_report = Report(base, tuple(decisions))  # type: ignore[assignment]
     return model.fp8_report  # type: ignore[return-value]
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Undo `convert`, in place: torch's own classes, with the parameters as they are now."""
+    """Undo `convert`, `prepare_qat` and `finalize`, in place: torch's own classes, with the parameters as they are
+    now."""
     for name, module in list(model.named_modules()):
         if "fp8_original" in module.__dict__:
-            _replace(model, name, module.__dict__["fp8_original"])
+            put_in_place(model, name, module.__dict__["fp8_original"])
         elif type(module) in ORIGINALS:
             for part in [key for key, child in module.named_children() if isinstance(child, Fp8Products)]:
                 delattr(module, part)
             module.__class__ = ORIGINALS[type(module)]
+        unround_kv(module)
     _stay_off_the_fast_path(model, False)
     model.__dict__.pop("fp8_report", None)
     return model
@@ -330,12 +333,12 @@ def _cannot(module: nn.Module) -> str | None:
     return f"its parameters are {str(types.pop())[6:]}" if types else None
 
 
-def _convert_one(model: nn.Module, name: str, module: nn.Module, recipe: Recipe) -> None:
+def convert_module(model: nn.Module, name: str, module: nn.Module, recipe: Recipe) -> None:
     replacement = CONVERTERS[type(module)](module, recipe, name)
     if replacement is not None and replacement is not module:
         replacement.__dict__["fp8_original"] = module
         replacement.train(module.training)
-        _replace(model, name, replacement)
+        put_in_place(model, name, replacement)
         module = replacement
     device = next((p.device for p in module.parameters()), None)
     for part in _parts(module):
@@ -344,7 +347,7 @@ def _convert_one(model: nn.Module, name: str, module: nn.Module, recipe: Recipe)
             part.to(device)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def put_in_place(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module in every place that holds the one called `name`."""
     if not name:
         raise ConvertError("the root module itself would have to be replaced: wrap it in nn.Sequential first.")

@@ -39,6 +39,28 @@ class _Served(torch.autograd.Function):
         )
 
 
+def served_input(x: Tensor, recipe: Recipe, input_scale: Tensor | None) -> Quantized:
+    """The codes of an input `[T, K]` as a server makes them: scales measured by `recipe.x`, or `input_scale` [1, 1]."""
+    row, tile = format_of(recipe.x.format), recipe.x.tile
+    given = None if input_scale is None else input_scale.expand(x.shape[0], 1).contiguous()
+    x = x.detach().contiguous()
+    codes, scale, _ = run_quantize(x, given, row, tile, recipe.power_of_two and given is None)
+    return Quantized(codes, scale, tile, row)
+
+
+def served(
+    x: Tensor, weight: Quantized, recipe: Recipe, bias: Tensor | None, input_scale: Tensor | None, name: str
+) -> Tensor:
+    """`x W^T + b` as it is served, codes times codes: x `[..., K]`, y `[..., N]` of its type. It has no gradient."""
+    if (products := active().products) is not None:
+        products.counts[name, "forward"] += 1
+    codes = served_input(x.reshape(-1, x.shape[-1]), recipe, input_scale)
+    y = run_matmul(codes, weight, x.dtype, recipe.accumulate.forward, bias)
+    if torch.is_grad_enabled() and x.requires_grad:
+        y = _Served.apply(x, y, name)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
 class FrozenLinear(nn.Module):
     """`y = x W^T + b` with W as it was exported. x [..., K] in FP32, BF16 or FP16; y [..., N] of the type of x, or of
     the surrounding `torch.autocast`.
@@ -91,23 +113,11 @@ class FrozenLinear(nn.Module):
             raise TensorError(f"{self.name or 'a frozen layer'} takes float32, bfloat16 or float16, not {x.dtype}.")
         if self.weight_only or recipe_in_use(self.recipe) is None:
             return nn.functional.linear(x, self.quantized_weight().dequantize(x.dtype), self._bias(x.dtype))
-        if (products := active().products) is not None:
-            products.counts[self.name, "forward"] += 1
-        y = self._product(x.reshape(-1, self.in_features).detach().contiguous())
-        if torch.is_grad_enabled() and x.requires_grad:
-            y = _Served.apply(x, y, self.name)
-        return y.view(*x.shape[:-1], self.out_features)
-
-    def _product(self, x: Tensor) -> Tensor:
-        accumulate = self.recipe.accumulate.forward
-        return run_matmul(self.quantized_input(x), self.quantized_weight(), x.dtype, accumulate, self.bias)
+        return served(x, self.quantized_weight(), self.recipe, self.bias, self.input_scale, self.name)
 
     def quantized_input(self, x: Tensor) -> Quantized:
         """The codes of x [rows, K] that the weight is multiplied by; not for weight-only layers, which make none."""
-        row, tile = format_of(self.recipe.x.format), self.recipe.x.tile
-        given = None if self.input_scale is None else self.input_scale.expand(x.shape[0], 1).contiguous()
-        codes, scale, _ = run_quantize(x, given, row, tile, self.recipe.power_of_two and given is None)
-        return Quantized(codes, scale, tile, row)
+        return served_input(x, self.recipe, self.input_scale)
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.bias is None else self.bias.to(dtype)

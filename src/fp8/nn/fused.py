@@ -320,6 +320,8 @@ def why_not_shape(
         return "the weight of a norm is neither in BF16 nor in FP32"
     if not all(isinstance(getattr(linear, "weight", None), Tensor) for linear in linears):
         return "what stands for a linear layer has no weight of its own"
+    if not all(getattr(getattr(linear, "fp8", None), "fuses", True) for linear in linears):
+        return "its linear layers are prepared for quantization-aware training"
     if any(getattr(linear, "bias", None) is not None for linear in linears):
         return "a linear layer has a bias"
     if torch.is_grad_enabled() and not all(linear.weight.requires_grad for linear in linears):

@@ -157,6 +157,7 @@ class Fp8Products(nn.Module):
     codes_t: Any
     scale: Any
     scale_t: Any
+    fuses = True  # whether the kernels of `nn/fused.py` may take the place of this part
 
     def __init__(self, recipe: Recipe | None = None, name: str = "") -> None:
         super().__init__()
@@ -193,6 +194,13 @@ class Fp8Products(nn.Module):
         recipe = self.recipe_now()
         if recipe is None:
             return nn.functional.linear(x, weight, bias)
+        x = self.checked(x, weight)
+        run = self.run(recipe, weight, x.requires_grad)
+        y = _Linear.apply(as_matrix(x), weight, bias, run)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    def checked(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x in the type that the product runs in: its own, or that of the autocast around it."""
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
@@ -204,9 +212,7 @@ class Fp8Products(nn.Module):
             raise ShapeError(
                 f"{self.name or 'an FP8 layer'} takes [..., {weight.shape[1]}]; x has shape {tuple(x.shape)}."
             )
-        run = self.run(recipe, weight, x.requires_grad)
-        y = _Linear.apply(as_matrix(x), weight, bias, run)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return x
 
     def run(self, recipe: Recipe, weight: Tensor, backward: bool) -> Run:
         record = self.training and torch.is_grad_enabled()

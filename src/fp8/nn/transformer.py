@@ -23,6 +23,7 @@ from ..fused.rope.reference import rotate
 from ..quantize.record import as_matrix
 from ..recipe import Recipe
 from .fused import Activation, Norm, NormMlp, NormQkvRope, Rope, values_type, why_not, why_not_recipes
+from .kv_rounding import KVRounding
 from .linear import Linear
 
 FUNCTIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swiglu": "silu", "geglu": "gelu"}
@@ -92,6 +93,8 @@ class TransformerLayer(nn.Module):
         """Why this block runs module by module on x [B, T, hidden_size]; None: in the few kernels of `nn/fused.py`, to
         the same codes."""
         attention, mlp = self.attention, self.mlp
+        if attention.fp8_kv is not None:
+            return "its keys and values are rounded as an FP8 cache holds them"
         linears = (attention.qkv, attention.out, mlp.up, mlp.down)
         norms, halves = (self.attention_norm, self.mlp_norm), (attention, mlp)
         reason = why_not(x, norms, linears, halves, attention.head_dim)
@@ -144,6 +147,7 @@ class SelfAttention(nn.Module):
         self.causal, self.rope_theta = causal, rope_theta
         self.qkv = Linear(hidden_size, (heads + 2 * kv_heads) * self.head_dim, bias, recipe)
         self.out = Linear(hidden_size, hidden_size, bias, recipe)
+        self.fp8_kv: KVRounding | None = None  # put here by `fp8.prepare_qat`
 
     def check(self, x: Tensor) -> torch.Size:
         if x.dim() != 3:
@@ -161,6 +165,8 @@ class SelfAttention(nn.Module):
         if self.rope_theta is not None:
             cos, sin = self.heads_of(0 if cache is None else cache.length).tables(tokens, x.device)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.fp8_kv is not None:
+            k, v = self.fp8_kv(k, v)
         if cache is None:
             y = attention(q, k, v, mask=mask, causal=self.causal)
         elif mask is not None:
