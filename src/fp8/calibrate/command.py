@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from torch import Tensor
 
 from ..errors import ConfigError
+from .compensate import DAMPING
 
 RUN_RECIPES = {"dynamic": "rowwise", "block": "blockwise"}
 
@@ -45,6 +46,10 @@ def quantize_command(
         str, typer.Option(help="Of what stays: auto (FP32 becomes BF16), bfloat16, float16, float32.")
     ] = "auto",
     device: Annotated[str, typer.Option(help="Where the text is run: auto, cpu, cuda or cuda:N.")] = "cpu",
+    compensate: Annotated[
+        bool, typer.Option("--compensate", help="Round so that errors make up for each other on the text (GPTQ).")
+    ] = False,
+    damping: Annotated[float, typer.Option(help="For --compensate: how little the text is trusted.")] = DAMPING,
 ) -> None:
     """Write the FP8 checkpoint of a model, which vLLM, SGLang and transformers load.
 
@@ -57,6 +62,8 @@ def quantize_command(
 
     [cyan]fp8 quantize models/SmolLM2 out --scheme static --calibrate chats.jsonl[/]  calibrated activations
 
+    [cyan]fp8 quantize models/SmolLM2 out --compensate --calibrate chats.jsonl[/]  codes chosen by what the text needs
+
     [cyan]fp8 quantize models/SmolLM2 out --skip '*.down_proj' --no-kv-cache[/]
     """
     from ..checkpoint.quantize import Options
@@ -64,10 +71,10 @@ def quantize_command(
 
     options = Options(scheme, tuple(skip or ()), head, scales, dtype)
     if is_run(model):
-        if kv_cache or calibrate or options != Options(scheme):
+        if kv_cache or calibrate or compensate or options != Options(scheme):
             raise ConfigError(
                 f"{model} is a run of `fp8 train` and is written as it was trained: --skip, --head, --kv-cache, "
-                "--calibrate, --scales and --dtype are for Hugging Face models."
+                "--calibrate, --compensate, --scales and --dtype are for Hugging Face models."
             )
         typer.echo(export_run(model, out, options))
         return
@@ -76,7 +83,8 @@ def quantize_command(
         "percentile": percentile, "tokenizer": tokenizer, "scales": scales, "device": device,
     }  # fmt: skip
     try:
-        written = quantize(model, out, options, kv_cache, given, Console(highlight=False, stderr=True))
+        console = Console(highlight=False, stderr=True)
+        written = quantize(model, out, options, kv_cache, given, console, damping if compensate else None)
     except KeyboardInterrupt:
         typer.echo(f"stopped; what was written is kept in {out}.partial, and the same command goes on.", err=True)
         raise typer.Exit(130) from None
@@ -84,19 +92,28 @@ def quantize_command(
 
 
 def quantize(
-    model: Path, out: Path, options: Any, kv_cache: bool | None, given: dict[str, Any], console: Console
+    model: Path,
+    out: Path,
+    options: Any,
+    kv_cache: bool | None,
+    given: dict[str, Any],
+    console: Console,
+    damping: float | None = None,
 ) -> Any:
-    """`quantize_folder` with what it needs of calibration, and progress on a console."""
+    """`quantize_folder` with what it needs of calibration, and progress on a console. `damping`: with compensation."""
     from ..checkpoint.quantize import quantize_folder
     from ..checkpoint.source import Source
     from .calibration import Calibration
+    from .sequential import Compensation
 
     static = options.layout.inputs == "static"
     if kv_cache is None:
         kv_cache = generates(Source.open(model))
-    with bars(console) as (text, bytes_):
+    with bars(console) as (text, blocks, bytes_):
         calibration = Calibration(**given, kv=kv_cache, inputs=static, progress=text) if kv_cache or static else None
-        return quantize_folder(model, out, options, calibration, bytes_)
+        same = {name: given[name] for name in ("texts", "samples", "length", "tokenizer", "device")}
+        compensation = None if damping is None else Compensation(**same, damping=damping, progress=blocks)
+        return quantize_folder(model, out, options, calibration, bytes_, compensation)
 
 
 def generates(source: Any) -> bool:
@@ -107,10 +124,11 @@ def generates(source: Any) -> bool:
 
 
 @contextmanager
-def bars(console: Console) -> Iterator[tuple[Any, Any]]:
-    """A bar for rows of text and one for bytes written, which appear when something moves."""
-    rows = Progress(
-        TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+def bars(console: Console) -> Iterator[tuple[Any, Any, Any]]:
+    """Bars for rows of text, for layers compensated and for bytes written, which appear when something moves."""
+    rows, blocks = (
+        Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+        for what in ("calibrating", "compensating")
     )
     size = Progress(TextColumn("writing    "), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console)
 
@@ -126,9 +144,9 @@ def bars(console: Console) -> Iterator[tuple[Any, Any]]:
         return move
 
     try:
-        yield mover(rows), mover(size)
+        yield mover(rows), mover(blocks), mover(size)
     finally:
-        for bar in (rows, size):
+        for bar in (rows, blocks, size):
             if bar.live.is_started:
                 bar.stop()
 
@@ -153,6 +171,12 @@ def told(written: Any) -> str:
             f"  {kind} scales from {how['tokens']:,} tokens ({how['observer']}); of {how['held_out_tokens']:,} "
             f"held-out tokens they clip {mean}, at worst {worst} in {seen['worst']['module']}; largest magnitude "
             f"there / here: {seen['amax_ratio']:.2f}"
+        )
+    if made := written.compensation:
+        share, worst = made["error"]["median"], made["error"]["worst"]
+        lines.append(
+            f"  {made['layers']} layers compensated on {made['tokens']:,} tokens: the outputs' squared error there is {share:.0%} "
+            f"of plain rounding's in the median, at worst {worst['share']:.0%} in {worst['layer']}"
         )
     refused = [reader for reader in readers(Fp8Folder.open(written.folder)) if reader.verdict == "no"]
     return "\n".join([*lines, *(f"  {reader.name} cannot load it: {reader.reasons[0]}" for reader in refused)])

@@ -3,6 +3,7 @@
     OUT.partial/manifest.json           what is being made of what, calibrated scales, and the shards that are finished
     OUT.partial/model-0000i-of-n…       finished shards
     OUT.partial/….writing               the shard in hand
+    OUT.partial/compensated/            what choosing the codes has come to, where they are not simply the nearest
     OUT                                 appears by one rename, when all is there
 
 A shard's header is known before its first tensor is (shapes and types follow from the source's headers), so tensors are
@@ -91,6 +92,11 @@ class Partial:
         except OSError as error:
             raise CheckpointError(f"{self.out} cannot be written: {error.strerror or error}.") from None
 
+    @property
+    def working(self) -> Path:
+        """A folder for what is needed on the way, and not in the end."""
+        return self.folder / "compensated"
+
     def finished(self, file: str) -> bool:
         path = self.folder / file
         return file in self.done and path.is_file() and path.stat().st_size == self.done[file]
@@ -150,6 +156,7 @@ class Partial:
             target = self.folder / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((source.folder / relative).read_bytes())
+        shutil.rmtree(self.working, ignore_errors=True)
         (self.folder / MANIFEST).unlink(missing_ok=True)
         self.folder.rename(self.out)
 

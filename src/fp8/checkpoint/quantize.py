@@ -16,6 +16,7 @@ shard of OUT needs one shard of the source, and `partial.py` can go on behind an
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -33,6 +34,7 @@ from .compressed_tensors import E4M3, Scheme, check_values, own_config, quantiza
 from .layers import Layers, choose_layers, fused_group, refuse_shapes, skeleton
 from .partial import Partial, Progress, Task, making, promised
 from .source import Source
+from .tensorfile import read_tensors, tensor_bytes
 
 SLAB = 1 << 24  # elements that are quantized at once
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -86,6 +88,24 @@ class Scales:
 
 
 @dataclass(frozen=True)
+class Rounded:
+    """Codes that were chosen otherwise than each by itself: the file that holds those of a layer, as `LAYER.weight`.
+
+    `how` is told in `config.json`.
+    """
+
+    files: Mapping[str, Path] = field(default_factory=dict)
+    how: Mapping[str, Any] = field(default_factory=dict)
+
+    def codes(self, layer: str) -> Tensor | None:
+        """E4M3 [N, K]; None where the layer is rounded to nearest."""
+        return read_tensors(self.files[layer])[f"{layer}.weight"] if layer in self.files else None
+
+
+Compensate = Callable[[Source, Layers, Options, Scales, Path], Rounded]
+
+
+@dataclass(frozen=True)
 class Written:
     """What was made. Bytes are of tensors."""
 
@@ -95,6 +115,7 @@ class Written:
     source_nbytes: int
     scales: Scales
     resumed: bool
+    compensation: Mapping[str, Any] | None = None
 
     def __str__(self) -> str:
         share = 100 * self.nbytes / self.source_nbytes
@@ -110,10 +131,12 @@ def quantize_folder(
     options: Options | None = None,
     calibrate: Callable[[Source, Layers], Scales] | None = None,
     progress: Progress | None = None,
+    compensate: Compensate | None = None,
 ) -> Written:
     """Write the FP8 checkpoint of a Hugging Face folder.
 
     calibrate    finds scales of inputs and of the KV cache; called once, its result survives an interruption
+    compensate   chooses codes, given the scales; it keeps what it has done in the folder that it is given
     progress     is called with the bytes written and those to write
 
     OUT appears when it is complete; after an interruption the same call goes on. The same input gives the same bytes.
@@ -127,14 +150,15 @@ def quantize_folder(
     layers = choose_layers(model, empty, options.skip, options.head)
     refuse_shapes(model, empty)
     refuse_types(model, layers)
-    with making(Path(out), facts(model, options, calibrate)) as partial:
+    with making(Path(out), facts(model, options, calibrate, compensate)) as partial:
         scales = calibrated(partial, model, layers, calibrate)
         refuse_uncalibrated(options, layers, scales)
-        files = tasks(model, layers, options, scales)
+        rounded = compensated(partial, model, layers, options, scales, compensate)
+        files = tasks(model, layers, options, scales, rounded)
         partial.write(files, progress)
-        partial.finish(config(model, layers, options, scales), files, model)
+        partial.finish(config(model, layers, options, scales, rounded), files, model)
     size = sum(task.nbytes for made in files.values() for task in made)
-    return Written(Path(out), layers, size, model.nbytes, scales, partial.resumed)
+    return Written(Path(out), layers, size, model.nbytes, scales, partial.resumed, rounded.how or None)
 
 
 # --------------------------------------------------------------------------- checks
@@ -168,12 +192,15 @@ def refuse_uncalibrated(options: Options, layers: Layers, scales: Scales) -> Non
         raise CheckpointError(f"scheme 'static' needs a calibrated scale for the input of {missing[0]}: calibrate.")
 
 
-def facts(source: Source, options: Options, calibrate: Any) -> dict[str, Any]:
+def facts(source: Source, options: Options, calibrate: Any, compensate: Any) -> dict[str, Any]:
     """All that decides the bytes of OUT."""
     from .. import __version__
 
-    how = getattr(calibrate, "facts", None) if calibrate is not None else "none"
-    return {"fp8": __version__, "source": source.fingerprint(), "options": asdict(options), "calibration": how}
+    how, rounding = (getattr(what, "facts", None) if what is not None else "none" for what in (calibrate, compensate))
+    return {
+        "fp8": __version__, "source": source.fingerprint(), "options": asdict(options), "calibration": how,
+        "compensation": rounding,
+    }  # fmt: skip
 
 
 def calibrated(
@@ -187,17 +214,37 @@ def calibrated(
     return Scales(**partial.notes["scales"])
 
 
+def compensated(
+    partial: Partial, source: Source, layers: Layers, options: Options, scales: Scales, compensate: Compensate | None
+) -> Rounded:
+    """The codes that compensation chose, in a folder beside the shards that goes when all of those are written."""
+    if compensate is None:
+        return Rounded()
+    if "compensation" not in partial.notes or not all(partial.finished(file) for file in source.files):
+        partial.note("scales", asdict(scales))  # the folder is then known to be ours
+        rounded = compensate(source, layers, options, scales, partial.working)
+        told = {"codes": {layer: code_digest(rounded.codes(layer)) for layer in sorted(rounded.files)}}
+        partial.note("compensation", dict(rounded.how) | told)
+        return replace(rounded, how=partial.notes["compensation"])
+    return Rounded(how=partial.notes["compensation"])
+
+
+def code_digest(codes: Tensor | None) -> str:
+    """Of a weight's codes: by it `fp8 verify` knows those again that no second quantization would give."""
+    return "" if codes is None else hashlib.sha256(tensor_bytes(codes)).hexdigest()[:16]
+
+
 # --------------------------------------------------------------------------- tensors
 
 
-def tasks(source: Source, layers: Layers, options: Options, scales: Scales) -> dict[str, list[Task]]:
+def tasks(source: Source, layers: Layers, options: Options, scales: Scales, rounded: Rounded) -> dict[str, list[Task]]:
     """What every file of OUT holds: that of the source, layer by layer, and the scales beside their layers."""
     files: dict[str, list[Task]] = {file: [] for file in source.files}
     fp8, tensor_scales = set(layers.fp8), TensorScales(source, layers, options)
     for name, entry in sorted(source.entries.items()):
         layer = name.removesuffix(".weight")
         if layer in fp8 and name.endswith(".weight"):
-            files[entry.file].append(layer_task(source, layer, options, scales, tensor_scales))
+            files[entry.file].append(layer_task(source, layer, options, scales, tensor_scales, rounded))
         else:
             dtype = kept_dtype(entry.dtype, options.dtype)
             files[entry.file].append(Task({name: promised(dtype, *entry.shape)}, partial(kept, source, name, dtype)))
@@ -206,7 +253,9 @@ def tasks(source: Source, layers: Layers, options: Options, scales: Scales) -> d
     return files
 
 
-def layer_task(source: Source, layer: str, options: Options, scales: Scales, tensor_scales: TensorScales) -> Task:
+def layer_task(
+    source: Source, layer: str, options: Options, scales: Scales, tensor_scales: TensorScales, rounded: Rounded
+) -> Task:
     scheme, shape = options.layout, source.entries[f"{layer}.weight"].shape
     outputs = {
         f"{layer}.weight": promised(torch.float8_e4m3fn, *shape),
@@ -216,7 +265,7 @@ def layer_task(source: Source, layer: str, options: Options, scales: Scales, ten
         outputs[f"{layer}.input_scale"] = promised(torch.float32, 1)
 
     def make() -> dict[str, Tensor]:
-        made = quantized_layer(source, layer, options, tensor_scales)
+        made = quantized_layer(source, layer, options, tensor_scales, rounded.codes(layer))
         return (
             made if scheme.inputs != "static" else made | {f"{layer}.input_scale": torch.tensor([scales.inputs[layer]])}
         )
@@ -224,13 +273,18 @@ def layer_task(source: Source, layer: str, options: Options, scales: Scales, ten
     return Task(outputs, make)
 
 
-def quantized_layer(source: Source, layer: str, options: Options, tensor_scales: TensorScales) -> dict[str, Tensor]:
-    """`weight` and `weight_scale` of a layer under their names in the file."""
+def quantized_layer(
+    source: Source, layer: str, options: Options, tensor_scales: TensorScales, codes: Tensor | None = None
+) -> dict[str, Tensor]:
+    """`weight` and `weight_scale` of a layer under their names in the file. `codes`: these, and not the nearest."""
     scheme = options.layout
     scale = tensor_scales.of(layer) if scheme.per_tensor else None
     q = quantize_weight(source.read(f"{layer}.weight"), scheme, scale)
     check_values(layer, q.codes, q.scale)
-    return {f"{layer}.weight": q.codes, f"{layer}.weight_scale": q.scale.reshape(scheme.scale_shape(*q.codes.shape))}
+    return {
+        f"{layer}.weight": q.codes if codes is None else codes,
+        f"{layer}.weight_scale": q.scale.reshape(scheme.scale_shape(*q.codes.shape)),
+    }
 
 
 def quantize_weight(weight: Tensor, scheme: Scheme, scale: Tensor | None = None) -> Quantized:
@@ -309,18 +363,19 @@ def kv_tasks(source: Source, scales: Scales) -> Iterator[tuple[str, Task]]:
 # --------------------------------------------------------------------------- config.json
 
 
-def config(source: Source, layers: Layers, options: Options, scales: Scales) -> dict[str, Any]:
+def config(source: Source, layers: Layers, options: Options, scales: Scales, rounded: Rounded) -> dict[str, Any]:
     """The `config.json` of OUT."""
     kv = "attn_head" if scales.keys else None
     quantization = quantization_config({options.layout: layers.fp8}, layers.ignore, kv)
     tokenizer = (source.config.get("fp8") or {}).get("tokenizer")
-    own = own_config([options.layout], tokenizer) | {"quantized": told(options, scales)}
+    own = own_config([options.layout], tokenizer) | {"quantized": told(options, scales, rounded)}
     kept_as = str(kept_dtype(source.dtype, options.dtype)).removeprefix("torch.")
     types = {key: kept_as for key in ("dtype", "torch_dtype") if key in source.config} or {"torch_dtype": kept_as}
     return {**source.config, **types, "quantization_config": quantization, "fp8": own}
 
 
-def told(options: Options, scales: Scales) -> dict[str, Any]:
+def told(options: Options, scales: Scales, rounded: Rounded) -> dict[str, Any]:
     """How the file was made: what `fp8 verify` needs to make it again."""
     return {"scheme": options.scheme, "weight_scale_rounding": options.scales, "kept_dtype": options.dtype,
-            "calibration": dict(scales.how) or None}  # fmt: skip
+            "calibration": dict(scales.how) or None,
+            **({"compensation": dict(rounded.how)} if rounded.how else {})}  # fmt: skip

@@ -1,0 +1,432 @@
+"""Compensated rounding of a whole model, layer by layer from disk: `Compensation`.
+
+Two streams of hidden states walk through the model side by side, from the same rows of text: one in high precision, and
+one as it will be served, through weights that are rounded already and with every input of a linear layer rounded as the
+scheme says. At each linear layer the two give the moments (`compensate.py`): what comes in, and what should.
+
+Within a block the layers are rounded in the order in which they run, those with one input (q, k and v; gate and up)
+together. For each such stage all rows run through the block up to there, batch by batch, so that memory holds one
+block's weights twice, both streams, and the moments of one input; a 135M model or a 70B one, only the block's size
+counts. What a block is given besides hidden states (positions, masks) is learned by letting the model run with blocks
+that only take notes.
+
+    OUT.partial/compensated/block-0007.safetensors     codes of block 7, and their squared errors beside plain rounding's
+    OUT.partial/compensated/streams-0008.safetensors   both streams as they enter block 8; the older ones are gone
+
+Files appear by renaming, so a stop loses one block's work at most. Streams are stored as they are computed, hence what
+was stopped and continued has the bytes of what was not.
+
+**What is not compensated** is rounded to nearest: layers that do not pass as one `nn.Linear` (experts of a mixture), and
+those outside the blocks (an output head). `config.json` says which were.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.compressed_tensors import Scheme, row_scales
+from ..checkpoint.layers import Layers, linear_layers
+from ..checkpoint.quantize import Options, Rounded, Scales, TensorScales, quantize_weight
+from ..checkpoint.source import Source
+from ..checkpoint.tensorfile import read_tensors, refuse_full_disk, write_tensors
+from ..errors import CheckpointError, ConfigError
+from ..quantize import Quantized, quantize
+from ..tile import Tile
+from ..train.loop import device_of
+from .compensate import DAMPING, Moments, factor, one_order, output_error, regressed, sweep
+from .running import fill, hollow, stored_as
+from .text import digest, read_texts, rows_of, tokenizer_for
+
+BATCH = 16  # rows that run at once
+TARGETS = ("output", "weight")
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """How to round with compensation, and on what text. Called by `quantize_folder`, it gives codes.
+
+    texts       files, `*.jsonl` with a field "text", or `moby-dick`; `samples` rows of `length` tokens
+    target      "output": the weight is first regressed onto the outputs in high precision; "weight": not
+    damping     what is added to the diagonal of the inputs' second moments, times its mean
+    order       "activation": columns with the largest inputs first; "index": from left to right
+    tokenizer   "bytes" or a folder, where the model's is not beside it
+    """
+
+    texts: tuple[str, ...] = ("moby-dick",)
+    samples: int = 128
+    length: int = 256
+    target: str = "output"
+    damping: float = DAMPING
+    order: str = "activation"
+    tokenizer: str | None = None
+    device: str = "cpu"  # or auto, cuda, cuda:N
+    progress: Callable[[int, int], None] | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        one_order(self.order)
+        object.__setattr__(self, "device", str(device_of(self.device)))
+        if self.target not in TARGETS:
+            raise ConfigError(f"target must be one of {', '.join(TARGETS)}, not {self.target!r}.")
+        for name in ("samples", "length"):
+            if getattr(self, name) < 2:
+                raise ConfigError(f"{name} must be at least 2, not {getattr(self, name)}.")
+        if not 0 <= self.damping <= 10:
+            raise ConfigError(f"damping must be from 0 to 10 times the mean of the diagonal, not {self.damping}.")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides the codes."""
+        plain = {k: v for k, v in asdict(self).items() if k not in ("progress", "texts")}
+        return plain | {"texts": digest(self.texts)}
+
+    def __call__(self, source: Source, layers: Layers, options: Options, scales: Scales, folder: Path) -> Rounded:
+        """The codes, made in `folder` or found there. Raises `DataError`, `CheckpointError`."""
+        tokenizer = tokenizer_for(source.folder, self.tokenizer)
+        vocabulary = int(source.config.get("vocab_size") or 1 << 62)
+        rows = rows_of(read_texts(self.texts), tokenizer, self.samples, self.length, vocabulary)
+        walk = Walk(source, layers, options, scales, self, rows.to(self.device))
+        with torch.no_grad():
+            files, errors = walk.through(folder, self.progress)
+        how = {
+            "texts": list(self.texts), "tokens": rows.numel(), "target": self.target, "damping": self.damping,
+            "order": self.order, "layers": len(files), "error": told_errors(errors),
+        }  # fmt: skip
+        return Rounded(files, how)
+
+
+class Walk:
+    """A model, and the way through its blocks."""
+
+    def __init__(
+        self, source: Source, layers: Layers, options: Options, scales: Scales, what: Compensation, rows: Tensor
+    ) -> None:
+        self.source, self.what, self.rows = source, what, rows
+        self.scheme, self.scales, self.tensor_scales = options.layout, scales, TensorScales(source, layers, options)
+        self.model, self.blocks = hollow(source, what.device, head=False)
+        unread = [n for _, _, names in self.blocks for n in names if stored_as(self.model, source, n) is None]
+        if unread:
+            raise CheckpointError(
+                f"{source.folder} has no tensor {unread[0]!r}: transformers makes it of several (as in a mixture of "
+                "experts), which cannot be read layer by layer. Quantize it without compensation."
+            )
+        fp8 = set(layers.fp8)
+        self.names = {module: name for name, module in linear_layers(source, self.model) if name in fp8}
+
+    def through(
+        self, folder: Path, progress: Callable[[int, int], None] | None
+    ) -> tuple[dict[str, Path], dict[str, list[float]]]:
+        """Round every block that is not yet there. The file of each layer's codes; squared errors by layer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / f"block-{i:04}.safetensors" for i in range(len(self.blocks))]
+        if not all(file.is_file() for file in files):
+            self.walk(folder, files, progress)
+        found = [(file, read_tensors(file)) for file in files]
+        codes = {n.removesuffix(".weight"): file for file, held in found for n in held if n.endswith(".weight")}
+        errors = {n.removesuffix(".errors"): t.tolist() for _, held in found for n, t in held.items() if ".errors" in n}
+        return codes, errors
+
+    def walk(self, folder: Path, files: list[Path], progress: Callable[[int, int], None] | None) -> None:
+        first, high, served = self.start(folder)
+        calls = calls_of(self.model, self.blocks, self.source, self.rows, self.what.device)
+        for i in range(first, len(files)):
+            if progress:
+                progress(i, len(files))
+            prefix, module, tensors = self.blocks[i]
+            fill(self.model, self.source, tensors, self.what.device)
+            block = Block(self, prefix, module, calls[i])
+            put(files[i], block.round(high, served))
+            if i + 1 < len(files):
+                high, served = block.run(high, served=False), block.run(served, served=True)
+                put(folder / f"streams-{i + 1:04}.safetensors", {"high": high, "served": served})
+            (folder / f"streams-{i:04}.safetensors").unlink(missing_ok=True)
+            module.to("meta")
+        if progress:
+            progress(len(files), len(files))
+
+    def start(self, folder: Path) -> tuple[int, Tensor, Tensor]:
+        """Where an earlier start stopped, and the two streams there."""
+        kept = sorted(folder.glob("streams-*.safetensors"))
+        if kept:
+            held = read_tensors(kept[-1])
+            return int(kept[-1].stem.split("-")[1]), *(held[n].to(self.what.device) for n in ("high", "served"))
+        hidden = torch.cat([entering(self.model, self.blocks[0][1], rows) for rows in self.rows.split(BATCH)])
+        refuse_full_disk(folder, 5 * hidden.nbytes + self.codes_bytes())
+        return 0, hidden, hidden
+
+    def codes_bytes(self) -> int:
+        shapes = (self.source.entries[f"{name}.weight"].shape for name in self.names.values())
+        return sum(n * k for n, k in shapes)
+
+
+def told_errors(errors: Mapping[str, list[float]]) -> dict[str, Any]:
+    """The squared error of outputs that compensation leaves, as a share of plain rounding's: the median, and the worst."""
+    shares = {name: after / before if before else 1.0 for name, (before, after) in errors.items()}
+    worst = max(shares, key=lambda name: shares[name])
+    return {"median": statistics.median(shares.values()), "worst": {"layer": worst, "share": shares[worst]}}
+
+
+def put(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file that is there whole or not at all."""
+    aside = path.with_suffix(".writing")
+    write_tensors(aside, tensors)
+    aside.replace(path)
+
+
+# --------------------------------------------------------------------------- how a model calls its blocks
+
+
+class _Enough(Exception):
+    """What was wanted of a run; the rest of it need not be computed."""
+
+    def __init__(self, found: Any) -> None:
+        self.found = found
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is given besides the hidden states, by the number of rows."""
+
+    given: dict[int, tuple[tuple, dict[str, Any]]]
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        args, named = self.given[len(hidden)]
+        out = block(hidden, *args, **named)
+        return out[0] if isinstance(out, tuple) else out
+
+
+def run_inner(model: nn.Module, rows: Tensor) -> None:
+    inner: Any = getattr(model, "base_model", model)
+    caches = {"use_cache": False} if getattr(model, "can_generate", lambda: False)() else {}
+    inner(input_ids=rows, **caches)
+
+
+def entering(model: nn.Module, first: nn.Module, rows: Tensor) -> Tensor:
+    """The hidden states [B, T, D] that enter the first block."""
+
+    def stop(module: nn.Module, args: Any, named: Any) -> None:
+        raise _Enough(_split(args, named)[0])
+
+    handle = first.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        run_inner(model, rows)
+    except _Enough as enough:
+        return enough.found
+    finally:
+        handle.remove()
+    raise CheckpointError("this model does not run through its first layer: it cannot be compensated.")
+
+
+def _split(args: tuple, named: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:
+    """Hidden states, and the rest."""
+    if args:
+        return args[0], args[1:], named
+    return named["hidden_states"], (), {k: v for k, v in named.items() if k != "hidden_states"}
+
+
+def calls_of(model: nn.Module, blocks: list, source: Source, rows: Tensor, device: str) -> list[Call]:
+    """How the model calls each of its blocks, for batches of every size that occurs.
+
+    Raises `CheckpointError` where that depends on the tokens: then hidden states are not all that a block needs.
+    """
+    calls = [Call({}) for _ in blocks]
+    batches = rows.split(BATCH)
+    for batch in (batches[0], batches[-1]) if len(batches) > 1 else batches:
+        for call, given in zip(calls, noted(model, blocks, source, batch, device), strict=True):
+            if not same(call.given.setdefault(len(batch), given), given):
+                raise CheckpointError(
+                    "the layers of this model are given more of the text than hidden states, so they cannot be run "
+                    "alone: quantize it without compensation."
+                )
+    return calls
+
+
+def noted(model: nn.Module, blocks: list, source: Source, rows: Tensor, device: str) -> list:
+    """What each block is called with in one run, blocks themselves passing hidden states on as they came."""
+    notes: list = []
+    _, first, tensors = blocks[0]
+    fill(model, source, tensors, device)
+    alone: list[bool] = []  # whether a block gives a tensor, not a tuple
+
+    def note(module: nn.Module, args: Any, named: Any, real: Any) -> Any:
+        hidden, rest, others = _split(args, named)
+        notes.append((rest, others))
+        if not alone:
+            alone.append(isinstance(real(*args, **named), Tensor))
+        return hidden if alone[0] else (hidden,)
+
+    with replaced_forwards([block for _, block, _ in blocks], note):
+        run_inner(model, rows)
+    first.to("meta")
+    return notes
+
+
+@contextmanager
+def replaced_forwards(blocks: list[nn.Module], note: Callable[..., Any]) -> Iterator[None]:
+    def wrapper(block: nn.Module, real: Any) -> Any:
+        return lambda *args, **named: note(block, args, named, real)
+
+    for block in blocks:
+        block.forward = wrapper(block, block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equality of what is made of tuples, dictionaries and tensors."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return a is b or a == b
+
+
+# --------------------------------------------------------------------------- one block
+
+
+class Block:
+    """A block with its weights as the file has them, and as far as they are rounded."""
+
+    def __init__(self, walk: Walk, prefix: str, module: nn.Module, call: Call) -> None:
+        self.walk, self.module, self.call = walk, module, call
+        inside = {m: name for m, name in walk.names.items() if m.startswith(prefix + ".")}
+        self.linear = {name: walk.model.get_submodule(m) for m, name in inside.items()}
+        self.high = {name: layer.weight.data for name, layer in self.linear.items()}
+        self.served: dict[str, Tensor] = {}
+
+    def round(self, high: Tensor, served: Tensor) -> dict[str, Tensor]:
+        """Codes of all layers, and their squared errors: `NAME.weight` and `NAME.errors`, FP64 [plain, compensated]."""
+        out: dict[str, Tensor] = {}
+        for stage in self.stages(high[:BATCH]):
+            moments = self.moments(stage[0], high, served)
+            carried = factor(moments.hessian, self.walk.what.damping, self.walk.what.order)
+            for name in stage:
+                weight = self.walk.source.read(f"{name}.weight")
+                plain = self.plain(name, weight)
+                scale = spread(plain)
+                wanted = regressed(weight.float(), moments, self.walk.what.damping)
+                codes = sweep(wanted.to(self.walk.what.device), scale.to(self.walk.what.device), carried).cpu()
+                out[f"{name}.weight"] = codes
+                both = (error_of(wanted, q, scale, moments) for q in (plain.codes, codes))
+                out[f"{name}.errors"] = torch.stack(list(both))
+                layer: Any = self.linear[name]
+                self.served[name] = (codes.float() * scale).to(layer.weight)
+        return out
+
+    def plain(self, name: str, weight: Tensor) -> Quantized:
+        scheme = self.walk.scheme
+        return quantize_weight(weight, scheme, self.walk.tensor_scales.of(name) if scheme.per_tensor else None)
+
+    def stages(self, hidden: Tensor) -> list[list[str]]:
+        """The layers in the order in which they run, those that get the same tensor together."""
+        seen: list[tuple[list[str], Tensor]] = []
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple) -> None:
+                if seen and seen[-1][1] is args[0]:
+                    seen[-1][0].append(name)
+                else:
+                    seen.append(([name], args[0]))
+
+            return hook
+
+        handles = [layer.register_forward_pre_hook(note(name)) for name, layer in self.linear.items()]
+        self.call(self.module, hidden)
+        for handle in handles:
+            handle.remove()
+        return [names for names, _ in seen]
+
+    def moments(self, name: str, high: Tensor, served: Tensor) -> Moments:
+        """Of what enters a layer, over all rows."""
+        hessian = drift = None
+        regress = self.walk.what.target == "output"
+        for a, b in zip(high.split(BATCH), served.split(BATCH), strict=True):
+            x = rounded_input(self.entering(name, b, served=True), self.walk.scheme, self.input_scale(name))
+            square = (x.t() @ x).double()
+            hessian = square if hessian is None else hessian + square
+            if regress:
+                lost = ((self.entering(name, a, served=False) - x).t() @ x).double()
+                drift = lost if drift is None else drift + lost
+        assert hessian is not None
+        return Moments(hessian.cpu(), None if drift is None else drift.cpu())
+
+    def input_scale(self, name: str) -> float | None:
+        return self.walk.scales.inputs.get(name)
+
+    def entering(self, name: str, hidden: Tensor, served: bool) -> Tensor:
+        """The input of a layer, FP32 [B * T, K]; the block runs no further than there."""
+
+        def stop(module: nn.Module, args: tuple) -> None:
+            raise _Enough(args[0])
+
+        with self.as_served(served):
+            handle = self.linear[name].register_forward_pre_hook(stop, prepend=True)
+            try:
+                self.call(self.module, hidden)
+            except _Enough as enough:
+                return enough.found.reshape(-1, enough.found.shape[-1]).float()
+            finally:
+                handle.remove()
+        raise AssertionError(f"{name} was met before, and is not now")
+
+    def run(self, hidden: Tensor, served: bool) -> Tensor:
+        """The hidden states behind the block."""
+        with self.as_served(served):
+            return torch.cat([self.call(self.module, part) for part in hidden.split(BATCH)])
+
+    @contextmanager
+    def as_served(self, served: bool) -> Iterator[None]:
+        """With the weights that are rounded so far, and their inputs rounded; or with none."""
+        handles = []
+        for name, layer in self.linear.items():
+            kind: Any = layer
+            kind.weight.data = self.served.get(name, self.high[name]) if served else self.high[name]
+            if served and name in self.served:
+                handles.append(layer.register_forward_pre_hook(self.rounding(name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def rounding(self, name: str) -> Callable[..., Tensor]:
+        scale = self.input_scale(name)
+
+        def hook(module: nn.Module, args: tuple) -> Tensor:
+            x = args[0]
+            return rounded_input(x.reshape(-1, x.shape[-1]), self.walk.scheme, scale).view(x.shape).to(x.dtype)
+
+        return hook
+
+
+def rounded_input(x: Tensor, scheme: Scheme, scale: float | None) -> Tensor:
+    """A layer's input [T, K] as its scheme serves it, decoded, FP32."""
+    if scheme.inputs == "none":
+        return x.float()
+    x = x.contiguous()
+    if scheme.inputs == "static":
+        given = torch.full((1, 1), float(scale or 1.0), device=x.device)
+        return quantize(x, "e4m3", "tensor", scale=given).dequantize(torch.float32)
+    return quantize(x, "e4m3", Tile(1, scheme.group), scheme.scale_rounding).dequantize(torch.float32)
+
+
+def spread(q: Quantized) -> Tensor:
+    """The scale of every weight [N, K]."""
+    width = q.tile.shape(*q.shape)[1]
+    return row_scales(q).repeat_interleave(width, 1)[:, : q.shape[1]]
+
+
+def error_of(wanted: Tensor, codes: Tensor, scale: Tensor, moments: Moments) -> Tensor:
+    return output_error(wanted - codes.float() * scale, moments.hessian).sum()
