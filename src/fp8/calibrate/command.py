@@ -175,8 +175,8 @@ def told(written: Any) -> str:
     if made := written.compensation:
         share, worst = made["error"]["median"], made["error"]["worst"]
         lines.append(
-            f"  {made['layers']} layers compensated on {made['tokens']:,} tokens: the outputs' squared error there is {share:.0%} "
-            f"of plain rounding's in the median, at worst {worst['share']:.0%} in {worst['layer']}"
+            f"  {made['layers']} layers compensated on {made['tokens']:,} tokens: the squared error of their outputs "
+            f"is {share:.0%} of plain rounding's in the median, at worst {worst['share']:.0%} in {worst['layer']}"
         )
     refused = [reader for reader in readers(Fp8Folder.open(written.folder)) if reader.verdict == "no"]
     return "\n".join([*lines, *(f"  {reader.name} cannot load it: {reader.reasons[0]}" for reader in refused)])

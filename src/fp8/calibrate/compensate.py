@@ -1,11 +1,11 @@
 """Rounding that makes up for its own errors: the second-order method of GPTQ, on the FP8 grid.
 
-Rounding each weight to the nearest code is best for the weight, not for the layer: what counts is `y = x W^T`, and where
-two inputs move together, an error in one weight can be made up for in the other.
+Rounding each weight to the nearest code is best for the weight, not for the layer: what counts is `y = x W^T`, and
+where two inputs move together, an error in one weight can be made up for in the other.
 
-**What is minimized.** X [T, K] are the layer's inputs as they are served (`sequential.py`), W [N, K] the weight, W^ the
-decoded codes. With H = X^T X, each row of W adds `(w - w^) H (w - w^)^T` to the squared error of the outputs: N problems
-that share one H, which is all that the text leaves behind.
+**What is minimized.** X [T, K] are the layer's inputs as they are served (`sequential.py`), W [N, K] the weight, W^
+the decoded codes. With H = X^T X, each row of W adds `(w - w^) H (w - w^)^T` to the squared error of the outputs: N
+problems that share one H, which is all that the text leaves behind.
 
 **The method.** Columns are rounded one after the other. An error e made in column j is made up for, as well as the
 columns that are still free allow, by moving those; the best move is a row of the Cholesky factor of the inverse,
@@ -32,10 +32,10 @@ to the bit.
 condition of up to K / damping, 10^5 and more, which FP32 would not survive; and a GPU's solver sums in another order.
 They are then rounded to FP32, and from there on (`sweep`) every bit is defined. Within a block of 128 columns there are
 only elementwise IEEE operations in a fixed order: a product, then a sum, in two operators that nothing contracts to a
-fused one. What a block carries to later blocks is a matrix product, whose order of summation is nobody's promise; so its
-operands are first rounded to whole numbers of 22 bits, errors by row and `carry` by column. Sums of 128 such products
-stay below 2^53, FP64 holds them exactly, and exact sums have no order. Law: 0 codes differ between CPU and GPU, given
-weights, scales and statistics.
+fused one. What a block carries to later blocks is a matrix product, whose order of summation is nobody's promise; so
+its operands are first rounded to whole numbers of 22 bits, errors by row and `carry` by column. Sums of 128 such
+products stay below 2^53, FP64 holds them exactly, and exact sums have no order. Law: 0 codes differ between CPU and
+GPU, given weights, scales and statistics.
 
 Left out: searching the scale together with the codes (a power of two has nothing to search; a binade more halves the
 room of subnormals and nothing else), and descent on codes after the sweep.
@@ -171,7 +171,7 @@ def exact_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def unit(x: Tensor, dim: int) -> Tensor:
-    """The power of two, FP32, of which no |x| along `dim` is more than 2^BITS multiples; from bits, without a logarithm."""
+    """The power of two, FP32, of which no |x| along `dim` is more than 2^BITS multiples; made from bits."""
     amax = x.abs().amax(dim, keepdim=True)
     power = ((amax.view(torch.int32) & 0x7F800000) + (1 << 23)).view(torch.float32)
     return (power * 2.0**-BITS).clamp(min=2.0**-126)

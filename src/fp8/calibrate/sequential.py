@@ -10,14 +10,15 @@ block's weights twice, both streams, and the moments of one input; a 135M model 
 counts. What a block is given besides hidden states (positions, masks) is learned by letting the model run with blocks
 that only take notes.
 
-    OUT.partial/compensated/block-0007.safetensors     codes of block 7, and their squared errors beside plain rounding's
+    OUT.partial/compensated/block-0007.safetensors     codes of block 7, and squared errors, plain rounding's beside
     OUT.partial/compensated/streams-0008.safetensors   both streams as they enter block 8; the older ones are gone
 
 Files appear by renaming, so a stop loses one block's work at most. Streams are stored as they are computed, hence what
 was stopped and continued has the bytes of what was not.
 
-**What is not compensated** is rounded to nearest: layers that do not pass as one `nn.Linear` (experts of a mixture), and
-those outside the blocks (an output head). `config.json` says which were.
+**What is not compensated** is rounded to nearest: layers outside the blocks (an output head), and those that the text
+does not reach. `config.json` says which were. Experts of a mixture, which transformers makes one tensor of many, cannot
+be read layer by layer and are refused.
 """
 
 from __future__ import annotations
@@ -156,7 +157,8 @@ class Walk:
         kept = sorted(folder.glob("streams-*.safetensors"))
         if kept:
             held = read_tensors(kept[-1])
-            return int(kept[-1].stem.split("-")[1]), *(held[n].to(self.what.device) for n in ("high", "served"))
+            high, served = (held[name].to(self.what.device) for name in ("high", "served"))
+            return int(kept[-1].stem.split("-")[1]), high, served
         hidden = torch.cat([entering(self.model, self.blocks[0][1], rows) for rows in self.rows.split(BATCH)])
         refuse_full_disk(folder, 5 * hidden.nbytes + self.codes_bytes())
         return 0, hidden, hidden
@@ -167,7 +169,7 @@ class Walk:
 
 
 def told_errors(errors: Mapping[str, list[float]]) -> dict[str, Any]:
-    """The squared error of outputs that compensation leaves, as a share of plain rounding's: the median, and the worst."""
+    """The squared error that compensation leaves, as a share of plain rounding's: the median, and the worst."""
     shares = {name: after / before if before else 1.0 for name, (before, after) in errors.items()}
     worst = max(shares, key=lambda name: shares[name])
     return {"median": statistics.median(shares.values()), "worst": {"layer": worst, "share": shares[worst]}}
@@ -183,7 +185,7 @@ def put(path: Path, tensors: Mapping[str, Tensor]) -> None:
 # --------------------------------------------------------------------------- how a model calls its blocks
 
 
-class _Enough(Exception):
+class _Enough(Exception):  # noqa: N818  it is none
     """What was wanted of a run; the rest of it need not be computed."""
 
     def __init__(self, found: Any) -> None:

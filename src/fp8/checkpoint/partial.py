@@ -78,6 +78,10 @@ class Partial:
         elif old is not None:
             self.discard()
 
+    def begin(self) -> None:
+        """Make the folder, with the manifest by which a later start knows it as ours."""
+        self._write()
+
     def note(self, key: str, value: Any) -> None:
         """Keep something that took time to find, such as calibrated scales."""
         self.notes[key] = value

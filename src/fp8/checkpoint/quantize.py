@@ -221,7 +221,7 @@ def compensated(
     if compensate is None:
         return Rounded()
     if "compensation" not in partial.notes or not all(partial.finished(file) for file in source.files):
-        partial.note("scales", asdict(scales))  # the folder is then known to be ours
+        partial.begin()
         rounded = compensate(source, layers, options, scales, partial.working)
         told = {"codes": {layer: code_digest(rounded.codes(layer)) for layer in sorted(rounded.files)}}
         partial.note("compensation", dict(rounded.how) | told)

@@ -11,10 +11,10 @@ The last two run on the CPU with the definition of FP8 arithmetic, so they need 
 decoder trained here is compared with its own codes, which the file must hold: nothing is quantized a second time.
 
 **With compensation** (`fp8 quantize --compensate`) codes follow from the source and from the text's statistics, which
-are not kept. Then `codes` proves that scales are the source's, in bytes, and that every code is the one that was chosen,
-by a digest of each layer's in `config.json`; it tells how many differ from the nearest, and by how much the weights are
-farther from the source's than those, which is a few times where the source is another. That the choice was right is
-proved by making it again: the same command gives the same bytes. Logits and perplexity are held against a model in
+are not kept. Then `codes` proves that scales are the source's, in bytes, and that every code is the one that was
+chosen, by a digest of each layer's in `config.json`; it tells how many are not the nearest, and how much farther from
+the source's the weights are for it: about as far, and many times where the source is another. That the choice was right
+is proved by making it again: the same command gives the same bytes. Logits and perplexity are held against a model in
 memory that has the source's scales and the file's codes.
 """
 
@@ -222,8 +222,8 @@ class Moved:
             return ""
         farther = (self.chosen / self.nearest) ** 0.5 if self.nearest else 1.0
         return (
-            f"; {self.layers} layers hold the codes that compensation chose, by their digests: {self.codes / self.count:.1%} "
-            f"are not the nearest, and the weights are {farther:.2f} times as far from the source's"
+            f"; {self.layers} layers were rounded with compensation and are held to their digests: of their codes "
+            f"{self.codes / self.count:.1%} are not the nearest, their weights {farther:.2f} times as far off"
         )
 
 
