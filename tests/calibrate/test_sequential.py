@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny_models
+from fp8.calibrate.calibration import split
 from fp8.calibrate.compensate import Moments, factor, regressed, sweep
 from fp8.calibrate.sequential import Block, Compensation, Walk
 from fp8.calibrate.text import read_texts, rows_of, tokenizer_for
@@ -54,7 +55,7 @@ def test_outputs_on_the_text_are_nearer_and_scales_are_those_of_the_scheme(model
     assert all(torch.equal(before[n], after[n]) for n in before if not n.endswith("_proj.weight"))
     assert not torch.equal(before[f"{UP}.weight"].view(torch.uint8), after[f"{UP}.weight"].view(torch.uint8))
     how = json.loads((folders[scheme] / "config.json").read_text())["fp8"]["quantized"]["compensation"]
-    assert how["layers"] == len(how["codes"]) == 14 and how["error"]["worst"]["share"] < 0.9
+    assert how["layers"] == len(how["codes"]) == 14 and how["held_out"]["worst"]["share"] < 0.9
 
 
 @pytest.mark.parametrize("scheme", ["dynamic", "static"])
@@ -83,7 +84,7 @@ def loaded_plain(folder):
 def test_the_last_layer_is_the_method_applied_to_what_it_sees(models, folders):
     """By hand, from the inputs that it has in the finished model and in the one in high precision."""
     name = "model.layers.1.mlp.down_proj"
-    rows, folder = text_of(models["llama"]), Fp8Folder.open(folders["dynamic"])
+    rows, folder = split(text_of(models["llama"]))[0], Fp8Folder.open(folders["dynamic"])
     high, served = (
         inputs_of(model, name, rows) for model in (loaded_plain(models["llama"]), frozen_model(folder, torch.float32))
     )
@@ -215,7 +216,7 @@ def test_the_command_says_what_it_did(models, tmp_path, capfd):
     few = ["--samples", "9", "--length", "24", "--no-kv-cache"]
     assert run("quantize", models["llama"], tmp_path / "out", "--compensate", *few) == 0
     told = capfd.readouterr().out
-    assert "14 layers compensated on 216 tokens: the squared error of their outputs is" in told
+    assert "14 layers compensated on 192 tokens; of 24 held-out tokens the outputs' squared error is" in told
     assert run("verify", tmp_path / "out", "--against", models["llama"], "--tokens", "0") == 0
     assert "rounded with compensation" in " ".join(capfd.readouterr().out.split())
 

@@ -173,10 +173,11 @@ def told(written: Any) -> str:
             f"there / here: {seen['amax_ratio']:.2f}"
         )
     if made := written.compensation:
-        share, worst = made["error"]["median"], made["error"]["worst"]
+        share, worst = made["held_out"]["median"], made["held_out"]["worst"]
         lines.append(
-            f"  {made['layers']} layers compensated on {made['tokens']:,} tokens: the squared error of their outputs "
-            f"is {share:.0%} of plain rounding's in the median, at worst {worst['share']:.0%} in {worst['layer']}"
+            f"  {made['layers']} layers compensated on {made['tokens']:,} tokens; of {made['held_out_tokens']:,} held-out "
+            f"tokens the outputs' squared error is {share:.0%} of plain rounding's in the median, at worst "
+            f"{worst['share']:.0%} in {worst['layer']}"
         )
     refused = [reader for reader in readers(Fp8Folder.open(written.folder)) if reader.verdict == "no"]
     return "\n".join([*lines, *(f"  {reader.name} cannot load it: {reader.reasons[0]}" for reader in refused)])

@@ -13,6 +13,9 @@ that only take notes.
     OUT.partial/compensated/block-0007.safetensors     codes of block 7, and squared errors, plain rounding's beside
     OUT.partial/compensated/streams-0008.safetensors   both streams as they enter block 8; the older ones are gone
 
+Every eighth row is held out: it decides nothing, and tells what share of the error of rounding to nearest remains on
+text that the codes were not chosen by. Text of another kind than will be served shows only there, where it is mixed in.
+
 Files appear by renaming, so a stop loses one block's work at most. Streams are stored as they are computed, hence what
 was stopped and continued has the bytes of what was not.
 
@@ -24,7 +27,7 @@ be read layer by layer and are refused.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,13 +43,16 @@ from ..checkpoint.source import Source
 from ..checkpoint.tensorfile import read_tensors, refuse_full_disk, write_tensors
 from ..errors import CheckpointError, ConfigError
 from ..quantize import Quantized, quantize
+from ..quantize.reference import nearest
 from ..tile import Tile
 from ..train.loop import device_of
-from .compensate import DAMPING, Moments, factor, one_order, output_error, regressed, sweep
+from .calibration import split
+from .compensate import DAMPING, E4M3, Moments, factor, one_order, output_error, regressed, sweep
 from .running import fill, hollow, stored_as
 from .text import digest, read_texts, rows_of, tokenizer_for
 
 BATCH = 16  # rows that run at once
+Stream = Sequence[Tensor]  # hidden states [B, T, D] of every batch
 TARGETS = ("output", "weight")
 
 
@@ -93,23 +99,27 @@ class Compensation:
         tokenizer = tokenizer_for(source.folder, self.tokenizer)
         vocabulary = int(source.config.get("vocab_size") or 1 << 62)
         rows = rows_of(read_texts(self.texts), tokenizer, self.samples, self.length, vocabulary)
-        walk = Walk(source, layers, options, scales, self, rows.to(self.device))
+        chosen, held = split(rows)
+        walk = Walk(source, layers, options, scales, self, [part.to(self.device) for part in (chosen, held)])
         with torch.no_grad():
             files, errors = walk.through(folder, self.progress)
         how = {
-            "texts": list(self.texts), "tokens": rows.numel(), "target": self.target, "damping": self.damping,
-            "order": self.order, "layers": len(files), "error": told_errors(errors),
+            "texts": list(self.texts), "tokens": chosen.numel(), "held_out_tokens": held.numel(), "target": self.target,
+            "damping": self.damping, "order": self.order, "layers": len(files), "held_out": told_errors(errors),
         }  # fmt: skip
         return Rounded(files, how)
 
 
 class Walk:
-    """A model, and the way through its blocks."""
+    """A model, and the way through its blocks. `rows`: to compensate on, and held out."""
 
     def __init__(
-        self, source: Source, layers: Layers, options: Options, scales: Scales, what: Compensation, rows: Tensor
+        self, source: Source, layers: Layers, options: Options, scales: Scales, what: Compensation, rows: list[Tensor]
     ) -> None:
-        self.source, self.what, self.rows = source, what, rows
+        self.source, self.what = source, what
+        self.batches = [len(batch) for part in rows for batch in part.split(BATCH)]
+        self.chosen = len(rows[0].split(BATCH))  # so many of them
+        self.rows = torch.cat(rows).split(self.batches)
         self.scheme, self.scales, self.tensor_scales = options.layout, scales, TensorScales(source, layers, options)
         self.model, self.blocks = hollow(source, what.device, head=False)
         unread = [n for _, _, names in self.blocks for n in names if stored_as(self.model, source, n) is None]
@@ -146,21 +156,21 @@ class Walk:
             put(files[i], block.round(high, served))
             if i + 1 < len(files):
                 high, served = block.run(high, served=False), block.run(served, served=True)
-                put(folder / f"streams-{i + 1:04}.safetensors", {"high": high, "served": served})
+                put(folder / f"streams-{i + 1:04}.safetensors", {"high": torch.cat(high), "served": torch.cat(served)})
             (folder / f"streams-{i:04}.safetensors").unlink(missing_ok=True)
             module.to("meta")
         if progress:
             progress(len(files), len(files))
 
-    def start(self, folder: Path) -> tuple[int, Tensor, Tensor]:
+    def start(self, folder: Path) -> tuple[int, Stream, Stream]:
         """Where an earlier start stopped, and the two streams there."""
         kept = sorted(folder.glob("streams-*.safetensors"))
         if kept:
             held = read_tensors(kept[-1])
-            high, served = (held[name].to(self.what.device) for name in ("high", "served"))
+            high, served = (held[name].to(self.what.device).split(self.batches) for name in ("high", "served"))
             return int(kept[-1].stem.split("-")[1]), high, served
-        hidden = torch.cat([entering(self.model, self.blocks[0][1], rows) for rows in self.rows.split(BATCH)])
-        refuse_full_disk(folder, 5 * hidden.nbytes + self.codes_bytes())
+        hidden = tuple(entering(self.model, self.blocks[0][1], rows) for rows in self.rows)
+        refuse_full_disk(folder, 5 * sum(part.nbytes for part in hidden) + self.codes_bytes())
         return 0, hidden, hidden
 
     def codes_bytes(self) -> int:
@@ -169,7 +179,7 @@ class Walk:
 
 
 def told_errors(errors: Mapping[str, list[float]]) -> dict[str, Any]:
-    """The squared error that compensation leaves, as a share of plain rounding's: the median, and the worst."""
+    """The squared error that compensation leaves, as a share of rounding to nearest's: the median, and the worst."""
     shares = {name: after / before if before else 1.0 for name, (before, after) in errors.items()}
     worst = max(shares, key=lambda name: shares[name])
     return {"median": statistics.median(shares.values()), "worst": {"layer": worst, "share": shares[worst]}}
@@ -233,14 +243,15 @@ def _split(args: tuple, named: dict[str, Any]) -> tuple[Tensor, tuple, dict[str,
     return named["hidden_states"], (), {k: v for k, v in named.items() if k != "hidden_states"}
 
 
-def calls_of(model: nn.Module, blocks: list, source: Source, rows: Tensor, device: str) -> list[Call]:
+def calls_of(model: nn.Module, blocks: list, source: Source, batches: Sequence[Tensor], device: str) -> list[Call]:
     """How the model calls each of its blocks, for batches of every size that occurs.
 
     Raises `CheckpointError` where that depends on the tokens: then hidden states are not all that a block needs.
     """
     calls = [Call({}) for _ in blocks]
-    batches = rows.split(BATCH)
-    for batch in (batches[0], batches[-1]) if len(batches) > 1 else batches:
+    sizes = [len(batch) for batch in batches]
+    for i in sorted({sizes.index(size) for size in sizes} | {len(sizes) - 1, max(len(sizes) - 2, 0)}):
+        batch = batches[i]
         for call, given in zip(calls, noted(model, blocks, source, batch, device), strict=True):
             if not same(call.given.setdefault(len(batch), given), given):
                 raise CheckpointError(
@@ -266,7 +277,6 @@ def noted(model: nn.Module, blocks: list, source: Source, rows: Tensor, device: 
 
     with replaced_forwards([block for _, block, _ in blocks], note):
         run_inner(model, rows)
-    first.to("meta")
     return notes
 
 
@@ -308,20 +318,25 @@ class Block:
         self.high = {name: layer.weight.data for name, layer in self.linear.items()}
         self.served: dict[str, Tensor] = {}
 
-    def round(self, high: Tensor, served: Tensor) -> dict[str, Tensor]:
-        """Codes of all layers, and their squared errors: `NAME.weight` and `NAME.errors`, FP64 [plain, compensated]."""
+    def round(self, high: Stream, served: Stream) -> dict[str, Tensor]:
+        """Codes of all layers, and their squared errors on held-out rows, beside those of the nearest codes:
+        `NAME.weight` and `NAME.errors`, FP64 [nearest, compensated]."""
         out: dict[str, Tensor] = {}
-        for stage in self.stages(high[:BATCH]):
-            moments = self.moments(stage[0], high, served)
+        count = self.walk.chosen
+        for stage in self.stages(high[0]):
+            moments = self.moments(stage[0], high[:count], served[:count])
+            check = self.moments(stage[0], high[count:], served[count:], regress=False).hessian
             carried = factor(moments.hessian, self.walk.what.damping, self.walk.what.order)
             for name in stage:
                 weight = self.walk.source.read(f"{name}.weight")
-                plain = self.plain(name, weight)
-                scale = spread(plain)
+                scale = spread(self.plain(name, weight))
                 wanted = regressed(weight.float(), moments, self.walk.what.damping)
                 codes = sweep(wanted.to(self.walk.what.device), scale.to(self.walk.what.device), carried).cpu()
                 out[f"{name}.weight"] = codes
-                both = (error_of(wanted, q, scale, moments) for q in (plain.codes, codes))
+                both = (
+                    output_error(wanted - q.float() * scale, check).sum()
+                    for q in (nearest(wanted / scale, E4M3), codes)
+                )
                 out[f"{name}.errors"] = torch.stack(list(both))
                 layer: Any = self.linear[name]
                 self.served[name] = (codes.float() * scale).to(layer.weight)
@@ -350,15 +365,14 @@ class Block:
             handle.remove()
         return [names for names, _ in seen]
 
-    def moments(self, name: str, high: Tensor, served: Tensor) -> Moments:
-        """Of what enters a layer, over all rows."""
+    def moments(self, name: str, high: Stream, served: Stream, regress: bool = True) -> Moments:
+        """Of what enters a layer, over all batches."""
         hessian = drift = None
-        regress = self.walk.what.target == "output"
-        for a, b in zip(high.split(BATCH), served.split(BATCH), strict=True):
+        for a, b in zip(high, served, strict=True):
             x = rounded_input(self.entering(name, b, served=True), self.walk.scheme, self.input_scale(name))
             square = (x.t() @ x).double()
             hessian = square if hessian is None else hessian + square
-            if regress:
+            if regress and self.walk.what.target == "output":
                 lost = ((self.entering(name, a, served=False) - x).t() @ x).double()
                 drift = lost if drift is None else drift + lost
         assert hessian is not None
@@ -383,10 +397,10 @@ class Block:
                 handle.remove()
         raise AssertionError(f"{name} was met before, and is not now")
 
-    def run(self, hidden: Tensor, served: bool) -> Tensor:
+    def run(self, hidden: Stream, served: bool) -> Stream:
         """The hidden states behind the block."""
         with self.as_served(served):
-            return torch.cat([self.call(self.module, part) for part in hidden.split(BATCH)])
+            return [self.call(self.module, part) for part in hidden]
 
     @contextmanager
     def as_served(self, served: bool) -> Iterator[None]:
@@ -428,7 +442,3 @@ def spread(q: Quantized) -> Tensor:
     """The scale of every weight [N, K]."""
     width = q.tile.shape(*q.shape)[1]
     return row_scales(q).repeat_interleave(width, 1)[:, : q.shape[1]]
-
-
-def error_of(wanted: Tensor, codes: Tensor, scale: Tensor, moments: Moments) -> Tensor:
-    return output_error(wanted - codes.float() * scale, moments.hessian).sum()
