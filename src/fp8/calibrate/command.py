@@ -175,8 +175,8 @@ def told(written: Any) -> str:
     if made := written.compensation:
         share, worst = made["held_out"]["median"], made["held_out"]["worst"]
         lines.append(
-            f"  {made['layers']} layers compensated on {made['tokens']:,} tokens; of {made['held_out_tokens']:,} held-out "
-            f"tokens the outputs' squared error is {share:.0%} of plain rounding's in the median, at worst "
+            f"  {made['layers']} layers compensated on {made['tokens']:,} tokens; of {made['held_out_tokens']:,} "
+            f"held-out tokens the outputs' squared error is {share:.0%} of plain rounding's in the median, at worst "
             f"{worst['share']:.0%} in {worst['layer']}"
         )
     refused = [reader for reader in readers(Fp8Folder.open(written.folder)) if reader.verdict == "no"]

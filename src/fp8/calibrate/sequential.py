@@ -6,9 +6,8 @@ scheme says. At each linear layer the two give the moments (`compensate.py`): wh
 
 Within a block the layers are rounded in the order in which they run, those with one input (q, k and v; gate and up)
 together. For each such stage all rows run through the block up to there, batch by batch, so that memory holds one
-block's weights twice, both streams, and the moments of one input; a 135M model or a 70B one, only the block's size
-counts. What a block is given besides hidden states (positions, masks) is learned by letting the model run with blocks
-that only take notes.
+block's weights twice, both streams, and the moments of one input; of a 70B model only the size of its blocks counts
+(`blocks.py`). With `target="weight"` the stream in high precision is not needed, and not computed.
 
     OUT.partial/compensated/block-0007.safetensors     codes of block 7, and squared errors, plain rounding's beside
     OUT.partial/compensated/streams-0008.safetensors   both streams as they enter block 8; the older ones are gone
@@ -46,6 +45,7 @@ from ..quantize import Quantized, quantize
 from ..quantize.reference import nearest
 from ..tile import Tile
 from ..train.loop import device_of
+from .blocks import Call, Enough, calls_of, entering
 from .calibration import split
 from .compensate import DAMPING, E4M3, Moments, factor, one_order, output_error, regressed, sweep
 from .running import fill, hollow, stored_as
@@ -155,8 +155,10 @@ class Walk:
             block = Block(self, prefix, module, calls[i])
             put(files[i], block.round(high, served))
             if i + 1 < len(files):
-                high, served = block.run(high, served=False), block.run(served, served=True)
-                put(folder / f"streams-{i + 1:04}.safetensors", {"high": torch.cat(high), "served": torch.cat(served)})
+                served = block.run(served, served=True)
+                high = block.run(high, served=False) if self.two else served
+                streams = {"served": torch.cat(served), **({"high": torch.cat(high)} if self.two else {})}
+                put(folder / f"streams-{i + 1:04}.safetensors", streams)
             (folder / f"streams-{i:04}.safetensors").unlink(missing_ok=True)
             module.to("meta")
         if progress:
@@ -167,11 +169,16 @@ class Walk:
         kept = sorted(folder.glob("streams-*.safetensors"))
         if kept:
             held = read_tensors(kept[-1])
-            high, served = (held[name].to(self.what.device).split(self.batches) for name in ("high", "served"))
-            return int(kept[-1].stem.split("-")[1]), high, served
+            streams = {name: held[name].to(self.what.device).split(self.batches) for name in held}
+            return int(kept[-1].stem.split("-")[1]), streams["high" if self.two else "served"], streams["served"]
         hidden = tuple(entering(self.model, self.blocks[0][1], rows) for rows in self.rows)
         refuse_full_disk(folder, 5 * sum(part.nbytes for part in hidden) + self.codes_bytes())
         return 0, hidden, hidden
+
+    @property
+    def two(self) -> bool:
+        """Whether outputs in high precision are asked for."""
+        return self.what.target == "output"
 
     def codes_bytes(self) -> int:
         shapes = (self.source.entries[f"{name}.weight"].shape for name in self.names.values())
@@ -190,119 +197,6 @@ def put(path: Path, tensors: Mapping[str, Tensor]) -> None:
     aside = path.with_suffix(".writing")
     write_tensors(aside, tensors)
     aside.replace(path)
-
-
-# --------------------------------------------------------------------------- how a model calls its blocks
-
-
-class _Enough(Exception):  # noqa: N818  it is none
-    """What was wanted of a run; the rest of it need not be computed."""
-
-    def __init__(self, found: Any) -> None:
-        self.found = found
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a block is given besides the hidden states, by the number of rows."""
-
-    given: dict[int, tuple[tuple, dict[str, Any]]]
-
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        args, named = self.given[len(hidden)]
-        out = block(hidden, *args, **named)
-        return out[0] if isinstance(out, tuple) else out
-
-
-def run_inner(model: nn.Module, rows: Tensor) -> None:
-    inner: Any = getattr(model, "base_model", model)
-    caches = {"use_cache": False} if getattr(model, "can_generate", lambda: False)() else {}
-    inner(input_ids=rows, **caches)
-
-
-def entering(model: nn.Module, first: nn.Module, rows: Tensor) -> Tensor:
-    """The hidden states [B, T, D] that enter the first block."""
-
-    def stop(module: nn.Module, args: Any, named: Any) -> None:
-        raise _Enough(_split(args, named)[0])
-
-    handle = first.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        run_inner(model, rows)
-    except _Enough as enough:
-        return enough.found
-    finally:
-        handle.remove()
-    raise CheckpointError("this model does not run through its first layer: it cannot be compensated.")
-
-
-def _split(args: tuple, named: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:
-    """Hidden states, and the rest."""
-    if args:
-        return args[0], args[1:], named
-    return named["hidden_states"], (), {k: v for k, v in named.items() if k != "hidden_states"}
-
-
-def calls_of(model: nn.Module, blocks: list, source: Source, batches: Sequence[Tensor], device: str) -> list[Call]:
-    """How the model calls each of its blocks, for batches of every size that occurs.
-
-    Raises `CheckpointError` where that depends on the tokens: then hidden states are not all that a block needs.
-    """
-    calls = [Call({}) for _ in blocks]
-    sizes = [len(batch) for batch in batches]
-    for i in sorted({sizes.index(size) for size in sizes} | {len(sizes) - 1, max(len(sizes) - 2, 0)}):
-        batch = batches[i]
-        for call, given in zip(calls, noted(model, blocks, source, batch, device), strict=True):
-            if not same(call.given.setdefault(len(batch), given), given):
-                raise CheckpointError(
-                    "the layers of this model are given more of the text than hidden states, so they cannot be run "
-                    "alone: quantize it without compensation."
-                )
-    return calls
-
-
-def noted(model: nn.Module, blocks: list, source: Source, rows: Tensor, device: str) -> list:
-    """What each block is called with in one run, blocks themselves passing hidden states on as they came."""
-    notes: list = []
-    _, first, tensors = blocks[0]
-    fill(model, source, tensors, device)
-    alone: list[bool] = []  # whether a block gives a tensor, not a tuple
-
-    def note(module: nn.Module, args: Any, named: Any, real: Any) -> Any:
-        hidden, rest, others = _split(args, named)
-        notes.append((rest, others))
-        if not alone:
-            alone.append(isinstance(real(*args, **named), Tensor))
-        return hidden if alone[0] else (hidden,)
-
-    with replaced_forwards([block for _, block, _ in blocks], note):
-        run_inner(model, rows)
-    return notes
-
-
-@contextmanager
-def replaced_forwards(blocks: list[nn.Module], note: Callable[..., Any]) -> Iterator[None]:
-    def wrapper(block: nn.Module, real: Any) -> Any:
-        return lambda *args, **named: note(block, args, named, real)
-
-    for block in blocks:
-        block.forward = wrapper(block, block.forward)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equality of what is made of tuples, dictionaries and tensors."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return a is b or a == b
 
 
 # --------------------------------------------------------------------------- one block
@@ -372,7 +266,7 @@ class Block:
             x = rounded_input(self.entering(name, b, served=True), self.walk.scheme, self.input_scale(name))
             square = (x.t() @ x).double()
             hessian = square if hessian is None else hessian + square
-            if regress and self.walk.what.target == "output":
+            if regress and self.walk.two:
                 lost = ((self.entering(name, a, served=False) - x).t() @ x).double()
                 drift = lost if drift is None else drift + lost
         assert hessian is not None
@@ -385,13 +279,13 @@ class Block:
         """The input of a layer, FP32 [B * T, K]; the block runs no further than there."""
 
         def stop(module: nn.Module, args: tuple) -> None:
-            raise _Enough(args[0])
+            raise Enough(args[0])
 
         with self.as_served(served):
             handle = self.linear[name].register_forward_pre_hook(stop, prepend=True)
             try:
                 self.call(self.module, hidden)
-            except _Enough as enough:
+            except Enough as enough:
                 return enough.found.reshape(-1, enough.found.shape[-1]).float()
             finally:
                 handle.remove()
