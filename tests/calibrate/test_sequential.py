@@ -9,7 +9,7 @@ import torch
 
 import tiny_models
 from fp8.calibrate.calibration import split
-from fp8.calibrate.compensate import Moments, factor, regressed, sweep
+from fp8.calibrate.compensate import DAMPING, Moments, factor, regressed, sweep
 from fp8.calibrate.sequential import Block, Compensation, Walk
 from fp8.calibrate.text import read_texts, rows_of, tokenizer_for
 from fp8.checkpoint import Options, Scales, frozen_model, quantize_folder, verify
@@ -81,17 +81,20 @@ def loaded_plain(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def test_the_last_layer_is_the_method_applied_to_what_it_sees(models, folders):
+@pytest.mark.parametrize("target", ["weight", "output"])
+def test_the_last_layer_is_the_method_applied_to_what_it_sees(models, tmp_path, target):
     """By hand, from the inputs that it has in the finished model and in the one in high precision."""
     name = "model.layers.1.mlp.down_proj"
-    rows, folder = split(text_of(models["llama"]))[0], Fp8Folder.open(folders["dynamic"])
+    what = Compensation(samples=FEW.samples, length=FEW.length, target=target)
+    folder = Fp8Folder.open(made(models["llama"], tmp_path / "out", what=what).folder)
+    rows = split(text_of(models["llama"]))[0]
     high, served = (
         inputs_of(model, name, rows) for model in (loaded_plain(models["llama"]), frozen_model(folder, torch.float32))
     )
     x = quantize(served, "e4m3", "row").dequantize(torch.float32).double()
-    moments = Moments(x.t() @ x, (high.double() - x).t() @ x)
+    moments = Moments(x.t() @ x, (high.double() - x).t() @ x if target == "output" else None)
     weight = tensors(models["llama"])[f"{name}.weight"].float()
-    codes = sweep(regressed(weight, moments, 0.01), folder.weight(name).scale, factor(moments.hessian))
+    codes = sweep(regressed(weight, moments, DAMPING), folder.weight(name).scale, factor(moments.hessian))
     stored, nearest = folder.weight(name).codes, quantize(weight, "e4m3", "row").codes
     differ = [float((codes.view(torch.uint8) != c.view(torch.uint8)).float().mean()) for c in (stored, nearest)]
     assert differ[0] < 0.01 < 0.1 < differ[1]  # sums of FP32 products end otherwise here and there
@@ -129,12 +132,12 @@ def test_experts_are_refused(models, tmp_path):
 # --------------------------------------------------------------------------- stops
 
 
-def stopped_at(block, what=FEW):
+def stopped_at(block, **more):
     def progress(done, total):
         if done == block:
             raise KeyboardInterrupt
 
-    return Compensation(samples=what.samples, length=what.length, progress=progress)
+    return Compensation(samples=FEW.samples, length=FEW.length, progress=progress, **more)
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])
@@ -148,6 +151,14 @@ def test_a_stop_loses_one_layer_at_most_and_changes_no_byte(models, folders, tmp
     assert made(models["llama"], tmp_path / "out").resumed
     assert len(rounded) == 2 - block
     assert bytes_of(tmp_path / "out") == bytes_of(folders["dynamic"])
+
+
+def test_a_stop_between_two_streams_changes_no_byte(models, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        made(models["llama"], tmp_path / "out", what=stopped_at(1, target="output"))
+    output = Compensation(samples=FEW.samples, length=FEW.length, target="output")
+    assert made(models["llama"], tmp_path / "out", what=output).resumed
+    assert bytes_of(tmp_path / "out") == bytes_of(made(models["llama"], tmp_path / "whole", what=output).folder)
 
 
 def test_finished_shards_need_no_compensation_again(models, folders, tmp_path, monkeypatch):

@@ -18,10 +18,10 @@ inputs, diag(H) descending, ties by index; `"index"` goes from left to right. Sc
 fixed before: what carries a weight beyond the largest code is clipped, and the error carried on like any other.
 
 **What W should be.** The served layer sees rounded inputs X, and layers before it have rounded already; the model that
-it should be like saw others, X'. So the weight to be rounded is first regressed onto the outputs that it should give,
-Y = X' W^T: W* = W + W (X' - X)^T X (H + damping)^-1. Then |Y - X W^^T|^2 = |X (W* - W^)^T|^2 + what no weight can
-change, so that rounding W* with H is the whole problem. A layer that adds to the residual stream may also be asked to
-make up for what the stream has lost by then, R = Y's stream - ours: `residual` holds R^T X.
+it should be like saw others, X'. So the weight to be rounded may first be regressed onto the outputs that it should
+give, Y = X' W^T: W* = W + W (X' - X)^T X (H + damping)^-1. Then |Y - X W^^T|^2 = |X (W* - W^)^T|^2 + what no weight can
+change, so that rounding W* with H is the whole problem. It is `target="output"` and no default: the regression fits
+K numbers a row to the text, errors included, and on a small text it lost more than it won (`docs/log.md`).
 
 **Damping.** `damping` times the mean of diag(H) is added to its diagonal: what few rows of text say of K inputs is
 noise below that. A dead input (its row of H is zero) is left with the damping alone: it takes nothing, gives nothing,
@@ -52,7 +52,7 @@ from ..errors import ConfigError, DataError, suggest
 from ..formats import format_of
 from ..quantize.reference import nearest
 
-DAMPING = 0.01
+DAMPING = 0.1
 ORDERS = ("activation", "index")
 BLOCK = 128  # columns between two exact products
 BITS = 22  # of their operands: 2 * 22 + log2(128) = 51 < 53
@@ -65,12 +65,10 @@ class Moments:
 
     hessian    X^T X [K, K] of the inputs as served
     drift      (X' - X)^T X [K, K], X' being the inputs in high precision; None: the weight itself is rounded
-    residual   R^T X [N, K], R being what the residual stream lacks; None: nothing is made up for
     """
 
     hessian: Tensor
     drift: Tensor | None = None
-    residual: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,6 @@ def regressed(weight: Tensor, moments: Moments, damping: float) -> Tensor:
     if moments.drift is None:
         return weight.float()
     lacks = weight.double() @ moments.drift
-    lacks = lacks if moments.residual is None else lacks + moments.residual
     root = torch.linalg.cholesky(damped(moments.hessian, damping))
     return (weight.double() + torch.cholesky_solve(lacks.t(), root).t()).float()
 

@@ -1,16 +1,17 @@
 """Compensated rounding of a whole model, layer by layer from disk: `Compensation`.
 
-Two streams of hidden states walk through the model side by side, from the same rows of text: one in high precision, and
-one as it will be served, through weights that are rounded already and with every input of a linear layer rounded as the
-scheme says. At each linear layer the two give the moments (`compensate.py`): what comes in, and what should.
+Hidden states walk through the model as they will when it is served: through weights that are rounded already, and with
+every input of a linear layer rounded as the scheme says. At each linear layer they give its statistics
+(`compensate.py`). With `target="output"` a second stream in high precision walks beside, from the same rows of text,
+and says what should have come out.
 
 Within a block the layers are rounded in the order in which they run, those with one input (q, k and v; gate and up)
 together. For each such stage all rows run through the block up to there, batch by batch, so that memory holds one
-block's weights twice, both streams, and the moments of one input; of a 70B model only the size of its blocks counts
-(`blocks.py`). With `target="weight"` the stream in high precision is not needed, and not computed.
+block's weights twice, the streams, and the moments of one input; of a 70B model only the size of its blocks counts
+(`blocks.py`).
 
     OUT.partial/compensated/block-0007.safetensors     codes of block 7, and squared errors, plain rounding's beside
-    OUT.partial/compensated/streams-0008.safetensors   both streams as they enter block 8; the older ones are gone
+    OUT.partial/compensated/streams-0008.safetensors   the streams as they enter block 8; the older ones are gone
 
 Every eighth row is held out: it decides nothing, and tells what share of the error of rounding to nearest remains on
 text that the codes were not chosen by. Text of another kind than will be served shows only there, where it is mixed in.
@@ -61,7 +62,7 @@ class Compensation:
     """How to round with compensation, and on what text. Called by `quantize_folder`, it gives codes.
 
     texts       files, `*.jsonl` with a field "text", or `moby-dick`; `samples` rows of `length` tokens
-    target      "output": the weight is first regressed onto the outputs in high precision; "weight": not
+    target      "weight": that of the file is rounded; "output": what it regresses to on outputs in high precision
     damping     what is added to the diagonal of the inputs' second moments, times its mean
     order       "activation": columns with the largest inputs first; "index": from left to right
     tokenizer   "bytes" or a folder, where the model's is not beside it
@@ -70,7 +71,7 @@ class Compensation:
     texts: tuple[str, ...] = ("moby-dick",)
     samples: int = 128
     length: int = 256
-    target: str = "output"
+    target: str = "weight"
     damping: float = DAMPING
     order: str = "activation"
     tokenizer: str | None = None
