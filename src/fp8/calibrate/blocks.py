@@ -110,13 +110,16 @@ def replaced_forwards(blocks: list[nn.Module], note: Callable[..., Any]) -> Iter
     def wrapper(block: nn.Module, real: Any) -> Any:
         return lambda *args, **named: note(block, args, named, real)
 
+    own = [vars(block).get("forward") for block in blocks]  # of a block that somebody has wrapped before
     for block in blocks:
         block.forward = wrapper(block, block.forward)
     try:
         yield
     finally:
-        for block in blocks:
+        for block, before in zip(blocks, own, strict=True):
             del block.forward
+            if before is not None:
+                block.forward = before
 
 
 def same(a: Any, b: Any) -> bool:

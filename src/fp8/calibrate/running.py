@@ -122,7 +122,7 @@ def streamed(source: Source, device: str, head: bool) -> nn.Module:
 def hollow(source: Source, device: str, head: bool) -> tuple[nn.Module, list[tuple[str, nn.Module, list[str]]]]:
     """The model with all but its layers in memory, and the layers: name, module, and the tensors to `fill` it with."""
     model = skeleton(source)
-    model.requires_grad_(False)
+    model.eval().requires_grad_(False)
     blocks = repeated(model)
     inside = {name for prefix, _ in blocks for name in held(model) if name.startswith(prefix + ".")}
     base = "" if head else getattr(model, "base_model_prefix", "") + "."
@@ -197,5 +197,8 @@ def remake_buffers(model: nn.Module, device: str) -> None:
                 f"{name} ({type(module).__name__}) computes a table that cannot be made alone: calibrate on a machine "
                 "with more memory, or go without by --no-kv-cache."
             ) from None
+        if any(True for _ in module.parameters()):  # those come from the file
+            module._buffers.update({key: None if b is None else b.to(device) for key, b in made._buffers.items()})
+            continue
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, made.to(device))
+        setattr(model.get_submodule(parent), leaf, made.to(device).eval())

@@ -328,7 +328,8 @@ def rounded_input(x: Tensor, scheme: Scheme, scale: float | None) -> Tensor:
         return x.float()
     x = x.contiguous()
     if scheme.inputs == "static":
-        given = torch.full((1, 1), float(scale or 1.0), device=x.device)
+        assert scale is not None, "refused before"
+        given = torch.full((1, 1), scale, device=x.device)
         return quantize(x, "e4m3", "tensor", scale=given).dequantize(torch.float32)
     return quantize(x, "e4m3", Tile(1, scheme.group), scheme.scale_rounding).dequantize(torch.float32)
 
