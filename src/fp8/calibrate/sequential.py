@@ -27,7 +27,7 @@ be read layer by layer and are refused.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -53,7 +53,7 @@ from .running import fill, hollow, stored_as
 from .text import digest, read_texts, rows_of, tokenizer_for
 
 BATCH = 16  # rows that run at once
-Stream = Sequence[Tensor]  # hidden states [B, T, D] of every batch
+Stream = list[Tensor]  # hidden states [B, T, D] of every batch
 TARGETS = ("output", "weight")
 
 
@@ -170,9 +170,9 @@ class Walk:
         kept = sorted(folder.glob("streams-*.safetensors"))
         if kept:
             held = read_tensors(kept[-1])
-            streams = {name: held[name].to(self.what.device).split(self.batches) for name in held}
+            streams = {name: list(held[name].to(self.what.device).split(self.batches)) for name in held}
             return int(kept[-1].stem.split("-")[1]), streams["high" if self.two else "served"], streams["served"]
-        hidden = tuple(entering(self.model, self.blocks[0][1], rows) for rows in self.rows)
+        hidden = [entering(self.model, self.blocks[0][1], rows) for rows in self.rows]
         refuse_full_disk(folder, 5 * sum(part.nbytes for part in hidden) + self.codes_bytes())
         return 0, hidden, hidden
 
