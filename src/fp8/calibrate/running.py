@@ -112,19 +112,24 @@ def streamed(source: Source, device: str, head: bool) -> nn.Module:
 
     Raises `CheckpointError` where a layer's tensors are not found by name.
     """
+    model, blocks = hollow(source, device, head)
+    for _, block, mine in blocks:
+        block.register_forward_pre_hook(partial(_come, model, source, mine, device))
+        block.register_forward_hook(_go)
+    return model
+
+
+def hollow(source: Source, device: str, head: bool) -> tuple[nn.Module, list[tuple[str, nn.Module, list[str]]]]:
+    """The model with all but its layers in memory, and the layers: name, module, and the tensors to `fill` it with."""
     model = skeleton(source)
-    model.requires_grad_(False)
+    model.eval().requires_grad_(False)
     blocks = repeated(model)
     inside = {name for prefix, _ in blocks for name in held(model) if name.startswith(prefix + ".")}
     base = "" if head else getattr(model, "base_model_prefix", "") + "."
     base = base if any(name.startswith(base) for name in held(model)) else ""
     fill(model, source, [name for name in held(model) if name not in inside and name.startswith(base)], device)
     remake_buffers(model, device)
-    for prefix, block in blocks:
-        mine = [name for name in inside if name.startswith(prefix + ".")]
-        block.register_forward_pre_hook(partial(_come, model, source, mine, device))
-        block.register_forward_hook(_go)
-    return model
+    return model, [(p, block, [n for n in sorted(inside) if n.startswith(p + ".")]) for p, block in blocks]
 
 
 def _come(model: nn.Module, source: Source, names: list[str], device: str, block: nn.Module, args: Any) -> None:
@@ -154,10 +159,8 @@ def held(model: nn.Module) -> list[str]:
 
 def fill(model: nn.Module, source: Source, names: list[str], device: str) -> None:
     """Put the file's tensors in the place of the model's empty ones."""
-    prefix = getattr(model, "base_model_prefix", "") + "."
     for name in names:
-        options = (name, prefix + name, name.removeprefix(prefix))
-        there = next((option for option in options if option in source.entries), None)
+        there = stored_as(model, source, name)
         if there is None and name.endswith(("lm_head.weight",)):
             continue  # tied
         if there is None:
@@ -175,6 +178,13 @@ def fill(model: nn.Module, source: Source, names: list[str], device: str) -> Non
             module._buffers[leaf] = tensor
 
 
+def stored_as(model: nn.Module, source: Source, name: str) -> str | None:
+    """What the file calls a tensor of the model."""
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    options = (name, prefix + name, name.removeprefix(prefix))
+    return next((option for option in options if option in source.entries), None)
+
+
 def remake_buffers(model: nn.Module, device: str) -> None:
     """Compute the buffers that no file holds: the tables of rotary embeddings."""
     for name, module in list(model.named_modules()):
@@ -187,5 +197,8 @@ def remake_buffers(model: nn.Module, device: str) -> None:
                 f"{name} ({type(module).__name__}) computes a table that cannot be made alone: calibrate on a machine "
                 "with more memory, or go without by --no-kv-cache."
             ) from None
+        if any(True for _ in module.parameters()):  # those come from the file
+            module._buffers.update({key: None if b is None else b.to(device) for key, b in made._buffers.items()})
+            continue
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, made.to(device))
+        setattr(model.get_submodule(parent), leaf, made.to(device).eval())

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..checkpoint.partial import Partial
+from ..checkpoint.partial import Partial, alone
 from ..checkpoint.quantize import Options, Scales, quantize_folder, refuse_quantized
 from ..checkpoint.source import Source
 from ..checkpoint.tensorfile import refuse_full_disk, write_json
@@ -118,9 +118,15 @@ def train_folder(
     """
     source = Source.open(model)
     refuse_quantized(source)
-    partial = Partial(Path(out), facts(source, options, how))
-    refuse_full_disk(Path(out).absolute().parent, 2 * 4 * source.nbytes)
-    run = Run(source, options, how, partial)
+    with alone(Path(out)):
+        partial = Partial(Path(out), facts(source, options, how))
+        refuse_full_disk(Path(out).absolute().parent, 2 * 4 * source.nbytes)
+        return trained(Run(source, options, how, partial), console)
+
+
+def trained(run: Run, console: Console | None) -> Trained:
+    """Train to the last step, or until Ctrl-C, and write the results."""
+    how, partial = run.how, run.partial
     with Interrupt(lambda: console.print("stopping after this step") if console else None) as interrupt:
         with Show(console, "qat", run.step, how.steps) as show:
             run.train(show, lambda: interrupt.asked)

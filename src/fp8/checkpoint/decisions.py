@@ -3,6 +3,7 @@
     remedy       changes the model against outliers; in high precision it stays equal    fp8.calibrate.remedies
     calibrate    scales of inputs, keys and values                                       fp8.calibrate.calibration
     choose       which more layers stay in high precision                                fp8.calibrate.budget
+    compensate   codes whose errors make up for each other                               fp8.calibrate.sequential
 
 They run in this order, for each looks at the model that the one before left. Text is read in a room below this one;
 here is only what each of them owes.
@@ -10,13 +11,18 @@ here is only what each of them owes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
 
 from .layers import Layers
 from .partial import Partial
 from .source import Source
+from .tensorfile import read_tensors, tensor_bytes
 
 if TYPE_CHECKING:
     from .quantize import Options
@@ -43,6 +49,21 @@ class Choice:
     how: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """Codes that were chosen otherwise than each by itself: the file that holds those of a layer, as `LAYER.weight`.
+
+    `how` is told in `config.json`.
+    """
+
+    files: Mapping[str, Path] = field(default_factory=dict)
+    how: Mapping[str, Any] = field(default_factory=dict)
+
+    def codes(self, layer: str) -> Tensor | None:
+        """E4M3 [N, K]; None where the layer is rounded to nearest."""
+        return read_tensors(self.files[layer])[f"{layer}.weight"] if layer in self.files else None
+
+
 class Remedy(Protocol):
     """Changes a model before it is quantized, so that in high precision it stays what it was."""
 
@@ -59,6 +80,7 @@ class Remedy(Protocol):
 
 Calibrate = Callable[[Source, Layers], Scales]
 Choose = Callable[[Source, Layers, "Options", Scales], Choice]
+Compensate = Callable[[Source, Layers, "Options", Scales, Path], Rounded]  # keeps what it has done in the folder
 
 
 @dataclass(frozen=True)
@@ -67,12 +89,13 @@ class Decisions:
 
     scales: Scales
     choice: Choice
-    outliers: Mapping[str, Any] = field(default_factory=dict)
+    outliers: Mapping[str, Any]
+    rounded: Rounded
 
     @property
     def told(self) -> dict[str, Any]:
         """For `config.json`."""
-        optional = {"budget": self.choice.how, "outliers": self.outliers}
+        optional = {"budget": self.choice.how, "outliers": self.outliers, "compensation": self.rounded.how}
         return {"calibration": dict(self.scales.how) or None} | {k: dict(how) for k, how in optional.items() if how}
 
 
@@ -100,3 +123,23 @@ def chosen(partial: Partial, ask: Callable[[Choose], Choice], choose: Choose | N
     if "choice" not in partial.notes:
         partial.note("choice", asdict(ask(choose)))
     return Choice(**partial.notes["choice"])
+
+
+def compensated(
+    partial: Partial, files: Iterable[str], ask: Callable[[Compensate], Rounded], compensate: Compensate | None
+) -> Rounded:
+    """The codes that compensation chose, in a folder beside the shards that goes when all of those are written."""
+    if compensate is None:
+        return Rounded()
+    if "compensation" not in partial.notes or not all(partial.finished(file) for file in files):
+        partial.begin()
+        rounded = ask(compensate)
+        told = {"codes": {layer: code_digest(rounded.codes(layer)) for layer in sorted(rounded.files)}}
+        partial.note("compensation", dict(rounded.how) | told)
+        return replace(rounded, how=partial.notes["compensation"])
+    return Rounded(how=partial.notes["compensation"])
+
+
+def code_digest(codes: Tensor | None) -> str:
+    """Of a weight's codes: by it `fp8 verify` knows those again that no second quantization would give."""
+    return "" if codes is None else hashlib.sha256(tensor_bytes(codes)).hexdigest()[:16]

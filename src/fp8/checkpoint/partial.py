@@ -4,6 +4,7 @@
     OUT.partial/model-0000i-of-n…       finished shards
     OUT.partial/….writing               the shard in hand
     OUT.partial.lock                    held by the one process that makes OUT; a process that dies lets it go
+    OUT.partial/compensated/            what choosing the codes has come to, where they are not simply the nearest
     OUT                                 appears by one rename, when all is there
 
 A shard's header is known before its first tensor is (shapes and types follow from the source's headers), so tensors are
@@ -79,6 +80,10 @@ class Partial:
         elif old is not None:
             self.discard()
 
+    def begin(self) -> None:
+        """Make the folder, with the manifest by which a later start knows it as ours."""
+        self._write()
+
     def note(self, key: str, value: Any) -> None:
         """Keep something that took time to find, such as calibrated scales."""
         self.notes[key] = value
@@ -92,6 +97,11 @@ class Partial:
             aside.replace(self.folder / MANIFEST)
         except OSError as error:
             raise CheckpointError(f"{self.out} cannot be written: {error.strerror or error}.") from None
+
+    @property
+    def working(self) -> Path:
+        """A folder for what is needed on the way, and not in the end."""
+        return self.folder / "compensated"
 
     def finished(self, file: str) -> bool:
         path = self.folder / file
@@ -157,6 +167,7 @@ class Partial:
             target.write_bytes((source.folder / relative).read_bytes())
         for name, plain in (beside or {}).items():
             write_json(self.folder / name, plain)
+        shutil.rmtree(self.working, ignore_errors=True)
         (self.folder / MANIFEST).unlink(missing_ok=True)
         self.folder.rename(self.out)
 

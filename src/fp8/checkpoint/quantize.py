@@ -29,7 +29,20 @@ from ..errors import CheckpointError, ConfigError, suggest
 from ..quantize import INPUTS, Quantized
 from ..quantize import quantize as quantize_tensor
 from .compressed_tensors import E4M3, Scheme, check_values, own_config, quantization_config
-from .decisions import Calibrate, Choice, Choose, Decisions, Remedy, Scales, calibrated, changed, chosen
+from .decisions import (
+    Calibrate,
+    Choice,
+    Choose,
+    Compensate,
+    Decisions,
+    Remedy,
+    Rounded,
+    Scales,
+    calibrated,
+    changed,
+    chosen,
+    compensated,
+)  # fmt: skip
 from .layers import Layers, choose_layers, fused_group, refuse_shapes, skeleton
 from .partial import Progress, Task, making, promised
 from .source import Source
@@ -84,6 +97,7 @@ class Written:
     resumed: bool
     choice: Choice = field(default_factory=Choice)
     outliers: Mapping[str, Any] = field(default_factory=dict)  # what was measured of remedies
+    compensation: Mapping[str, Any] = field(default_factory=dict)  # and of rounding with compensation
 
     def __str__(self) -> str:
         share = 100 * self.nbytes / self.source_nbytes
@@ -102,11 +116,13 @@ def quantize_folder(
     *,
     remedy: Remedy | None = None,
     choose: Choose | None = None,
+    compensate: Compensate | None = None,
 ) -> Written:
     """Write the FP8 checkpoint of a Hugging Face folder.
 
-    calibrate, remedy, choose    what is found out before (`decisions.py`), once: an interruption does not lose it
-    progress                     is called with the bytes written and those to write
+    calibrate, remedy, choose,    what is found out before (`decisions.py`), once: an interruption does not lose it
+    compensate
+    progress                      is called with the bytes written and those to write
 
     OUT appears when it is complete; after an interruption the same call goes on. The same input gives the same bytes.
     Raises `CheckpointError` for a source that is damaged, quantized already, or not finite; for an OUT that exists; for
@@ -120,7 +136,7 @@ def quantize_folder(
     refuse_shapes(model, empty)
     refuse_types(model, layers)
     original, beside = model, {}
-    asked = {"calibration": calibrate, "choice": choose, "remedy": remedy}
+    asked = {"calibration": calibrate, "choice": choose, "remedy": remedy, "compensation": compensate}
     with making(Path(out), facts(model, options, asked)) as partial:
         if remedy is not None:
             model, beside = changed(partial, model, layers, remedy)
@@ -129,12 +145,16 @@ def quantize_folder(
         refuse_uncalibrated(options, layers, scales)
         choice = chosen(partial, lambda made: made(model, layers, options, scales), choose)
         layers = layers.keeping(choice.kept)
-        found = Decisions(scales, choice, partial.notes.get("remedy", {}).get("told", {}))
-        files = tasks(model, layers, options, scales)
+        rounded = compensated(
+            partial, model.files, lambda made: made(model, layers, options, scales, partial.working), compensate
+        )
+        found = Decisions(scales, choice, partial.notes.get("remedy", {}).get("told", {}), rounded)
+        files = tasks(model, layers, options, scales, rounded)
         partial.write(files, progress)
         partial.finish(config(model, layers, options, found), files, model, beside)
     size = sum(task.nbytes for made in files.values() for task in made)
-    return Written(Path(out), layers, size, original.nbytes, scales, partial.resumed, choice, found.outliers)
+    resumed = partial.resumed
+    return Written(Path(out), layers, size, original.nbytes, scales, resumed, choice, found.outliers, rounded.how)
 
 
 # --------------------------------------------------------------------------- checks
@@ -179,14 +199,14 @@ def facts(source: Source, options: Options, asked: Mapping[str, Any]) -> dict[st
 # --------------------------------------------------------------------------- tensors
 
 
-def tasks(source: Source, layers: Layers, options: Options, scales: Scales) -> dict[str, list[Task]]:
+def tasks(source: Source, layers: Layers, options: Options, scales: Scales, rounded: Rounded) -> dict[str, list[Task]]:
     """What every file of OUT holds: that of the source, layer by layer, and the scales beside their layers."""
     files: dict[str, list[Task]] = {file: [] for file in source.files}
     fp8, tensor_scales = set(layers.fp8), TensorScales(source, layers, options)
     for name, entry in sorted(source.entries.items()):
         layer = name.removesuffix(".weight")
         if layer in fp8 and name.endswith(".weight"):
-            files[entry.file].append(layer_task(source, layer, options, scales, tensor_scales))
+            files[entry.file].append(layer_task(source, layer, options, scales, tensor_scales, rounded))
         else:
             dtype = kept_dtype(entry.dtype, options.dtype)
             files[entry.file].append(Task({name: promised(dtype, *entry.shape)}, partial(kept, source, name, dtype)))
@@ -195,7 +215,9 @@ def tasks(source: Source, layers: Layers, options: Options, scales: Scales) -> d
     return files
 
 
-def layer_task(source: Source, layer: str, options: Options, scales: Scales, tensor_scales: TensorScales) -> Task:
+def layer_task(
+    source: Source, layer: str, options: Options, scales: Scales, tensor_scales: TensorScales, rounded: Rounded
+) -> Task:
     scheme, shape = options.layout, source.entries[f"{layer}.weight"].shape
     outputs = {
         f"{layer}.weight": promised(torch.float8_e4m3fn, *shape),
@@ -205,7 +227,7 @@ def layer_task(source: Source, layer: str, options: Options, scales: Scales, ten
         outputs[f"{layer}.input_scale"] = promised(torch.float32, 1)
 
     def make() -> dict[str, Tensor]:
-        made = quantized_layer(source, layer, options, tensor_scales)
+        made = quantized_layer(source, layer, options, tensor_scales, rounded.codes(layer))
         return (
             made if scheme.inputs != "static" else made | {f"{layer}.input_scale": torch.tensor([scales.inputs[layer]])}
         )
@@ -213,13 +235,18 @@ def layer_task(source: Source, layer: str, options: Options, scales: Scales, ten
     return Task(outputs, make)
 
 
-def quantized_layer(source: Source, layer: str, options: Options, tensor_scales: TensorScales) -> dict[str, Tensor]:
-    """`weight` and `weight_scale` of a layer under their names in the file."""
+def quantized_layer(
+    source: Source, layer: str, options: Options, tensor_scales: TensorScales, codes: Tensor | None = None
+) -> dict[str, Tensor]:
+    """`weight` and `weight_scale` of a layer under their names in the file. `codes`: these, and not the nearest."""
     scheme = options.layout
     scale = tensor_scales.of(layer) if scheme.per_tensor else None
     q = quantize_weight(source.read(f"{layer}.weight"), scheme, scale)
     check_values(layer, q.codes, q.scale)
-    return {f"{layer}.weight": q.codes, f"{layer}.weight_scale": q.scale.reshape(scheme.scale_shape(*q.codes.shape))}
+    return {
+        f"{layer}.weight": q.codes if codes is None else codes,
+        f"{layer}.weight_scale": q.scale.reshape(scheme.scale_shape(*q.codes.shape)),
+    }
 
 
 def quantize_weight(weight: Tensor, scheme: Scheme, scale: Tensor | None = None) -> Quantized:

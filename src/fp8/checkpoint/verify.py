@@ -1,6 +1,7 @@
 """Is a checkpoint what its source, quantized, is? `verify` answers in bytes.
 
-    codes            the codes and scales in the file are those that quantizing the source again gives
+    codes            the codes and scales in the file are those that quantizing the source again gives; codes that
+                     were chosen with compensation are those whose digests were noted when they were, see below
     rest             what stayed in high precision is the source's, in the type that the file says
     transformers     real transformers decodes the same weights from the file
     logits           the model quantized in memory and the one read from the file give equal logits, bit for bit
@@ -8,6 +9,13 @@
 
 The last two run on the CPU with the definition of FP8 arithmetic, so they need no GPU and are the same everywhere. A
 decoder trained here is compared with its own codes, which the file must hold: nothing is quantized a second time.
+
+**With compensation** (`fp8 quantize --compensate`) codes follow from the source and from the text's statistics, which
+are not kept. Then `codes` proves that scales are the source's, in bytes, and that every code is the one that was
+chosen, by a digest of each layer's in `config.json`; it tells how many are not the nearest, and how much farther from
+the source's the weights are for it: about as far, and many times where the source is another. That the choice was right
+is proved by making it again: the same command gives the same bytes. Logits and perplexity are held against a model in
+memory that has the source's scales and the file's codes.
 """
 
 from __future__ import annotations
@@ -29,6 +37,7 @@ from ..errors import Fp8Error
 from ..models.llama import Decoder
 from ..quantize import Quantized
 from .compressed_tensors import Scheme
+from .decisions import code_digest
 from .export import encode
 from .fp8_folder import Fp8Folder
 from .frozen import Layer, assembled, by_rows, frozen_model, outputs
@@ -129,6 +138,7 @@ class Again:
         told = (folder.source.config.get("fp8") or {}).get("quantized") or {}
         self.folder, self.source = folder, source
         self.options = Options(scales=told.get("weight_scale_rounding", "none"), dtype=told.get("kept_dtype", "auto"))
+        self.digests: dict[str, str] = (told.get("compensation") or {}).get("codes") or {}
         self.missing = [name for name in folder.layers if f"{name}.weight" not in source.entries]
         self.scales = TensorScales(source, Layers(tuple(folder.layers), {}), self.options)
 
@@ -138,6 +148,13 @@ class Again:
         return quantize_weight(
             tensor, _rounded(scheme, self.options), self.scales.of(name) if scheme.per_tensor else None
         )
+
+    def evaluated(self, name: str) -> Quantized:
+        """As it was evaluated: with the codes that were chosen with compensation, where the file notes such."""
+        q = self.weight(name)
+        if name not in self.digests:
+            return q
+        return Quantized(self.folder.source.read(f"{name}.weight"), q.scale, q.tile, q.format)
 
     def rest(self) -> dict[str, Tensor]:
         fp8 = {f"{name}.weight" for name in self.folder.layers}
@@ -151,7 +168,7 @@ class Again:
         """The model that was evaluated: quantized in memory, with the calibrated scales that belong to it."""
         layers: dict[str, Layer] = {}
         for name, scheme in self.folder.layers.items():
-            layers[name] = (by_rows(self.weight(name)), scheme, self.folder.input_scale(name))
+            layers[name] = (by_rows(self.evaluated(name)), scheme, self.folder.input_scale(name))
         return assembled(self.source, layers, self.rest(), self.folder.source.dtype)
 
 
@@ -165,17 +182,46 @@ def same_codes(folder: Fp8Folder, again: Again) -> Check:
         return Check("codes", False, f"the source has no {again.missing[0]}.weight")
     codes = scales = count = 0
     worst: list[str] = []
+    moved = Moved()
     for name in folder.layers:
         q, stored = again.weight(name), folder.source.read(f"{name}.weight")
         if stored.shape != q.codes.shape:
             return Check("codes", False, f"{name}.weight is {list(stored.shape)}, in the source {list(q.codes.shape)}")
         different = int((stored.view(torch.uint8) != q.codes.view(torch.uint8)).sum())
+        if name in again.digests:
+            moved.add(again.source.read(f"{name}.weight"), q, stored, different)
+            different = 0 if code_digest(stored) == again.digests[name] else different
         scale = folder.scale(name)
         equal = scale.dtype == torch.float32 and torch.equal(scale.flatten(), q.scale.flatten())
         codes, count, scales = codes + different, count + stored.numel(), scales + (not equal)
         worst += [name] if different or not equal else []
     detail = f"{len(folder.layers)} layers, {count:,} codes: {codes:,} codes and the scales of {scales} layers differ"
-    return Check("codes", not worst, detail + (f"; first in {worst[0]}" if worst else ""))
+    return Check("codes", not worst, detail + (f"; first in {worst[0]}" if worst else "") + str(moved))
+
+
+class Moved:
+    """How far compensation has moved weights from the source's, beside rounding to nearest."""
+
+    def __init__(self) -> None:
+        self.layers = self.codes = self.count = 0
+        self.nearest = self.chosen = 0.0
+
+    def add(self, weight: Tensor, q: Quantized, stored: Tensor, different: int) -> None:
+        self.layers, self.codes, self.count = self.layers + 1, self.codes + different, self.count + stored.numel()
+        chosen = Quantized(stored, q.scale, q.tile, q.format)
+        self.nearest, self.chosen = (
+            total + float((weight.double() - one.dequantize(torch.float32)).square().sum())
+            for total, one in ((self.nearest, q), (self.chosen, chosen))
+        )
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return ""
+        farther = (self.chosen / self.nearest) ** 0.5 if self.nearest else 1.0
+        return (
+            f"; {self.layers} layers were rounded with compensation and are held to their digests: of their codes "
+            f"{self.codes / self.count:.1%} are not the nearest, their weights {farther:.2f} times as far off"
+        )
 
 
 def same_rest(folder: Fp8Folder, again: Again) -> Check:
