@@ -17,7 +17,7 @@ from fp8.tile import Tile
 SOURCE = "fused/both.cu"
 CONSTANTS = {
     "PRODUCER": 4, "MODE": 0, "FIRST": 0, "E4M3": 0, "H_E4M3": 1, "POWER": 1, "H_POWER": 1, "ROWS": 1, "COLS": 1,
-    "FUNCTION": 0, "GATED": 1, "AGAIN": 1, "H32": 0, "W32": 0, "DIM": 128, "BM": 64, "WIDE": 8, "BLOCKS": 2,
+    "FUNCTION": 0, "GATED": 1, "AGAIN": 1, "H32": 0, "W32": 0, "DIM": 128, "BM": 64, "BLOCKS": 2,
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fp8
 from fp8.errors import ConfigError
-from fp8.nn.graph import Graphed
+from fp8.nn.graph import Graphed, _states, _updated
 from fp8.recipe import Delayed
 
 
@@ -103,8 +103,11 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_scales_with_an_interval_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     model = fp8.Linear(16, 16, recipe=fp8.Recipe.of("delayed").replace(delayed=Delayed(update_every=4)))
+    states = _states(model)
+    assert not _updated(states, {state: state.steps for state in states})  # none was updated: it may be in between
+    fp8.update_scales(model)
     with pytest.raises(ConfigError, match="update_every=1"):
-        fp8.graph(lambda: None, model)
+        _updated(states, {})
     with pytest.raises(ConfigError, match="warm_up"):
         fp8.graph(lambda: None, nn.Linear(2, 2), warm_up=0)
     with pytest.raises(ConfigError, match="two steps"):

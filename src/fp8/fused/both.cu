@@ -1,8 +1,8 @@
 // Values to codes in both orientations, from one read: the kernels for which Triton's transposition is too slow.
 //
-// A block holds a rectangle of BM x 128 values. Thread (quad, group) has 4 rows, 4 * quad + j, and WIDE columns (8, or 4
-// where three outputs would not leave registers for enough threads), WIDE * group + i, as bfloat16 pairs x[j][i / 2]:
-// what an unfused kernel would have stored. Row codes leave as WIDE bytes a row. Of the other orientation a thread holds, for each of its columns, one word: 4 codes of 4 neighbouring
+// A block of 4 * BM threads holds a rectangle of BM x 128 values. Thread (quad, group) has 4 rows, 4 * quad + j, and 8
+// columns, 8 * group + i, as bfloat16 pairs x[j][i / 2]: what an unfused kernel would have stored. Row codes leave as 8
+// bytes a row. Of the other orientation a thread holds, for each of its columns, one word: 4 codes of 4 neighbouring
 // rows. Words change places through shared memory, turned[column][quad ^ group], so that a column's words are read back
 // 16 bytes at a time (within an aligned group of four, in the order that the exclusive or gives), and leave as 16 bytes
 // along the transposed row. Row codes and transposed codes pair other values, so no conversion serves both.
@@ -12,7 +12,7 @@
 //              ACT_BACKWARD its gradient and, again, its values
 //   MODE       where the scale comes from: GIVEN and the amax is raised, KNOWN, MEASURED by a first pass (FIRST), ROW and
 //              column keys of a first pass, GROUP of 128 found here (BM = 128); STORE writes the values themselves
-//   E4M3, H_E4M3, POWER, H_POWER, ROWS, COLS, FUNCTION, GATED, AGAIN, H32, W32, DIM, BM, WIDE
+//   E4M3, H_E4M3, POWER, H_POWER, ROWS, COLS, FUNCTION, GATED, AGAIN, H32, W32, DIM
 //
 // Non-finite values are rare: a thread that has one takes a branch of its own. rows is a multiple of 16, columns of 8.
 
@@ -37,9 +37,7 @@ typedef unsigned long long u64;
 #define RELU 2
 #define INFINITY_BITS 0x7F800000u
 #define OUTPUTS (PRODUCER == ACT_BACKWARD ? (GATED ? 2 : 1) + AGAIN : 1)
-#define PAIRS (WIDE / 2)
-#define ACROSS_ROW (128 / WIDE)  // threads
-#define THREADS (BM / 4 * ACROSS_ROW)
+#define THREADS (4 * BM)
 #define WORDS (BM / 4)
 
 struct Out {  // one matrix of codes: [rows, cols], or its transpose
@@ -56,7 +54,7 @@ struct Out {  // one matrix of codes: [rows, cols], or its transpose
 
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
-__device__ __forceinline__ float half_of(const u32* x, int i) { return i & 1 ? high(x[i / 2]) : low(x[i / 2]); }
+__device__ __forceinline__ float half_of(const u32 (&x)[4], int i) { return i & 1 ? high(x[i / 2]) : low(x[i / 2]); }
 
 __device__ __forceinline__ u32 bf16s(float first, float second) {
   u32 pair;
@@ -119,11 +117,10 @@ __device__ __forceinline__ u32 amax_of_key(u32 key) { return max(key, 0x00800000
 
 // The largest finite magnitudes of a thread's values, of each row (8 columns) and each column (4 rows), as FP32 bits;
 // and whether any value is not finite. Magnitudes of bfloat16 order like 15-bit integers, so two are compared at once.
-__device__ __forceinline__ bool extremes(const u32 (&x)[4][PAIRS], u32& top, u32 (&by_row)[4],
-                                         u32 (&by_column)[WIDE]) {
-  u32 m[4][PAIRS], row2[4], column2[PAIRS], top2 = 0;
+__device__ __forceinline__ bool extremes(const u32 (&x)[4][4], u32& top, u32 (&by_row)[4], u32 (&by_column)[8]) {
+  u32 m[4][4], row2[4], column2[4], top2 = 0;
 #pragma unroll
-  for (int p = 0; p < PAIRS; p++) {
+  for (int p = 0; p < 4; p++) {
 #pragma unroll
     for (int j = 0; j < 4; j++) m[j][p] = x[j][p] & 0x7FFF7FFFu;
     column2[p] = __vmaxu2(__vmaxu2(m[0][p], m[1][p]), __vmaxu2(m[2][p], m[3][p]));
@@ -133,7 +130,7 @@ __device__ __forceinline__ bool extremes(const u32 (&x)[4][PAIRS], u32& top, u32
   if (odd) {
     top2 = 0;
 #pragma unroll
-    for (int p = 0; p < PAIRS; p++) {
+    for (int p = 0; p < 4; p++) {
       column2[p] = 0;
 #pragma unroll
       for (int j = 0; j < 4; j++) {
@@ -146,14 +143,11 @@ __device__ __forceinline__ bool extremes(const u32 (&x)[4][PAIRS], u32& top, u32
   }
 #pragma unroll
   for (int j = 0; j < 4; j++) {
-    row2[j] = __vmaxu2(m[j][0], m[j][1]);
-#if PAIRS == 4
-    row2[j] = __vmaxu2(row2[j], __vmaxu2(m[j][2], m[j][3]));
-#endif
+    row2[j] = __vmaxu2(__vmaxu2(m[j][0], m[j][1]), __vmaxu2(m[j][2], m[j][3]));
     by_row[j] = max(row2[j] << 16, row2[j] & 0xFFFF0000u);
   }
 #pragma unroll
-  for (int p = 0; p < PAIRS; p++) {
+  for (int p = 0; p < 4; p++) {
     by_column[2 * p] = column2[p] << 16;
     by_column[2 * p + 1] = column2[p] & 0xFFFF0000u;
   }
@@ -161,47 +155,40 @@ __device__ __forceinline__ bool extremes(const u32 (&x)[4][PAIRS], u32& top, u32
   return odd;
 }
 
-// Row maxima over the threads of a row; column maxima over the two quads of a warp.
-__device__ __forceinline__ void join_lanes(u32 (&by_row)[4], u32 (&by_column)[WIDE]) {
+// Row maxima over the 16 threads of a row; column maxima over the two quads of a warp.
+__device__ __forceinline__ void join_lanes(u32 (&by_row)[4], u32 (&by_column)[8]) {
 #pragma unroll
-  for (int step = 1; step < ACROSS_ROW; step *= 2)
+  for (int step = 1; step < 16; step *= 2)
 #pragma unroll
     for (int j = 0; j < 4; j++) by_row[j] = max(by_row[j], __shfl_xor_sync(~0u, by_row[j], step));
 #pragma unroll
-  for (int i = 0; i < WIDE && ACROSS_ROW == 16; i++)
-    by_column[i] = max(by_column[i], __shfl_xor_sync(~0u, by_column[i], 16));
+  for (int i = 0; i < 8; i++) by_column[i] = max(by_column[i], __shfl_xor_sync(~0u, by_column[i], 16));
 }
 
 // Codes of x with a factor for each row and one for each column; the words of the other orientation go to `turned`.
 template <bool IS_E4M3, bool IS_POWER, bool DOWN, bool ACROSS>
 __device__ __forceinline__ void encode(
-    const u32 (&x)[4][PAIRS], const float (&of_row)[4], const float (&of_column)[WIDE], bool odd, bool inside, u8* codes,
+    const u32 (&x)[4][4], const float (&of_row)[4], const float (&of_column)[8], bool odd, bool inside, u8* codes,
     int cols, u32* turned, int quad, int group) {
   if (DOWN) {
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      u32 out[WIDE / 4];
+      float v[8];
 #pragma unroll
-      for (int k = 0; k < WIDE / 4; k++) {
-        float v[4];
+      for (int i = 0; i < 8; i++) v[i] = scaled<IS_POWER>(half_of(x[j], i), of_row[j]);
+      uint2 out = {codes4<IS_E4M3>(v[0], v[1], v[2], v[3]), codes4<IS_E4M3>(v[4], v[5], v[6], v[7])};
+      if (odd)
 #pragma unroll
-        for (int i = 0; i < 4; i++) v[i] = scaled<IS_POWER>(half_of(x[j], 4 * k + i), of_row[j]);
-        out[k] = codes4<IS_E4M3>(v[0], v[1], v[2], v[3]);
-        if (odd)
-#pragma unroll
-          for (int i = 0; i < 4; i++) out[k] = marked<IS_E4M3>(out[k], i, half_of(x[j], 4 * k + i));
-      }
-      u8* to = codes + (u64)j * cols;
-#if WIDE == 8
-      if (inside) *(uint2*)to = make_uint2(out[0], out[1]);
-#else
-      if (inside) *(u32*)to = out[0];
-#endif
+        for (int i = 0; i < 4; i++) {
+          out.x = marked<IS_E4M3>(out.x, i, half_of(x[j], i));
+          out.y = marked<IS_E4M3>(out.y, i, half_of(x[j], i + 4));
+        }
+      if (inside) *(uint2*)(codes + (u64)j * cols) = out;
     }
   }
   if (ACROSS) {
 #pragma unroll
-    for (int i = 0; i < WIDE; i++) {
+    for (int i = 0; i < 8; i++) {
       float v[4];
 #pragma unroll
       for (int j = 0; j < 4; j++) v[j] = scaled<IS_POWER>(half_of(x[j], i), of_column[i]);
@@ -209,7 +196,7 @@ __device__ __forceinline__ void encode(
       if (odd)
 #pragma unroll
         for (int j = 0; j < 4; j++) word = marked<IS_E4M3>(word, j, half_of(x[j], i));
-      turned[(WIDE * group + i) * WORDS + (quad & 16 | (quad ^ group) & 15)] = word;
+      turned[(8 * group + i) * WORDS + (quad & 16 | (quad ^ group) & 15)] = word;
     }
   }
 }
@@ -218,7 +205,7 @@ __device__ __forceinline__ void encode(
 __device__ __forceinline__ void send_turned(const u32* turned, u8* codes_t, int rows, int row, int left, int width,
                                             int column) {
   for (int at = threadIdx.x; at < 128 * WORDS / 4; at += THREADS) {
-    int c = at / (WORDS / 4), chunk = at % (WORDS / 4), group = c / WIDE;
+    int c = at / (WORDS / 4), chunk = at % (WORDS / 4), group = c / 8;
     uint4 w = *(const uint4*)(turned + c * WORDS + 4 * (chunk & 4 | (chunk ^ group / 4) & 3));
     if (group & 1) { u32 t = w.x; w.x = w.y; w.y = t; t = w.z; w.z = w.w; w.w = t; }
     if (group & 2) { u32 t = w.x; w.x = w.z; w.z = t; t = w.y; w.y = w.w; w.w = t; }
@@ -244,16 +231,11 @@ __device__ __forceinline__ void activated(float x, float& f, float& slope) {
 #endif
 }
 
-__device__ __forceinline__ void load(u32 (&x)[4][PAIRS], const u16* from, u64 stride, bool inside) {
+__device__ __forceinline__ void load(u32 (&x)[4][4], const u16* from, u64 stride, bool inside) {
 #pragma unroll
   for (int j = 0; j < 4; j++) {
-#if WIDE == 8
     uint4 w = inside ? *(const uint4*)(from + j * stride) : make_uint4(0, 0, 0, 0);
     x[j][0] = w.x; x[j][1] = w.y; x[j][2] = w.z; x[j][3] = w.w;
-#else
-    uint2 w = inside ? *(const uint2*)(from + j * stride) : make_uint2(0, 0);
-    x[j][0] = w.x; x[j][1] = w.y;
-#endif
   }
 }
 
@@ -268,7 +250,7 @@ struct Source {
   int tokens, queries, heads, width;
 };
 
-__device__ __forceinline__ void produce(u32 (&x)[OUTPUTS][4][PAIRS], const Source& s, int row, int column, bool inside) {
+__device__ __forceinline__ void produce(u32 (&x)[OUTPUTS][4][4], const Source& s, int row, int column, bool inside) {
 #if PRODUCER == PLAIN
   load(x[0], (const u16*)s.a + (u64)row * s.width + column, s.width, inside);
 #elif PRODUCER == NORM
@@ -341,17 +323,17 @@ __device__ __forceinline__ void produce(u32 (&x)[OUTPUTS][4][PAIRS], const Sourc
 #else
   int gate_cols = GATED ? 2 * s.width : s.width;
   const u16* from = (const u16*)(PRODUCER == ACT ? s.a : s.b) + (u64)row * gate_cols + column;
-  u32 gate[4][PAIRS], up[4][PAIRS];
+  u32 gate[4][4], up[4][4];
   load(gate, from, gate_cols, inside);
   if (GATED) load(up, from + s.width, gate_cols, inside);
 #if PRODUCER == ACT_BACKWARD
-  u32 dh[4][PAIRS];
+  u32 dh[4][4];
   load(dh, (const u16*)s.a + (u64)row * s.width + column, s.width, inside);
 #endif
 #pragma unroll
   for (int j = 0; j < 4; j++)
 #pragma unroll
-    for (int p = 0; p < PAIRS; p++) {
+    for (int p = 0; p < 4; p++) {
       float h[2], d_gate[2], d_up[2];
 #pragma unroll
       for (int k = 0; k < 2; k++) {
@@ -391,33 +373,27 @@ __device__ __forceinline__ void raise(u32* at, u32 value) {
 }
 
 template <bool IS_E4M3, bool IS_POWER, bool DOWN, bool ACROSS, int HOW>
-__device__ __forceinline__ u32 quantize(const u32 (&x)[4][PAIRS], const Out& out, int row, int column, int left, bool inside,
+__device__ __forceinline__ u32 quantize(const u32 (&x)[4][4], const Out& out, int row, int column, int left, bool inside,
                                         u32* turned, u32* columns) {
-  int quad = threadIdx.x / ACROSS_ROW, group = threadIdx.x % ACROSS_ROW;
+  int quad = threadIdx.x / 16, group = threadIdx.x % 16;
   if (HOW == STORE) {
     u16* values = (u16*)out.codes + (u64)row * out.cols + left + column;
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      if (!inside) continue;
-#if WIDE == 8
-      *(uint4*)(values + (u64)j * out.cols) = make_uint4(x[j][0], x[j][1], x[j][2], x[j][3]);
-#else
-      *(uint2*)(values + (u64)j * out.cols) = make_uint2(x[j][0], x[j][1]);
-#endif
-    }
+    for (int j = 0; j < 4; j++)
+      if (inside) *(uint4*)(values + (u64)j * out.cols) = make_uint4(x[j][0], x[j][1], x[j][2], x[j][3]);
     return 0;
   }
-  u32 by_row[4], by_column[WIDE];
+  u32 by_row[4], by_column[8];
   u32 top;
   bool odd = extremes(x, top, by_row, by_column);
-  float of_row[4], of_column[WIDE];
+  float of_row[4], of_column[8];
   if (HOW == GIVEN || HOW == KNOWN || HOW == MEASURED) {
     float scale = HOW == MEASURED ? scale_of<IS_E4M3, IS_POWER>(*out.amax) : *out.scale;
     if (HOW == MEASURED && blockIdx.x == 0 && threadIdx.x == 0) *out.scale = scale;
 #pragma unroll
     for (int j = 0; j < 4; j++) of_row[j] = factor_of<IS_POWER>(scale);
 #pragma unroll
-    for (int i = 0; i < WIDE; i++) of_column[i] = of_row[0];
+    for (int i = 0; i < 8; i++) of_column[i] = of_row[0];
   } else if (HOW == ROW) {
 #pragma unroll
     for (int j = 0; j < 4; j++) {
@@ -427,7 +403,7 @@ __device__ __forceinline__ u32 quantize(const u32 (&x)[4][PAIRS], const Out& out
       of_row[j] = factor_of<IS_POWER>(scale);
     }
 #pragma unroll
-    for (int i = 0; i < WIDE; i++) {
+    for (int i = 0; i < 8; i++) {
       if (!ACROSS) continue;
       float scale = scale_of<IS_E4M3, IS_POWER>(inside ? amax_of_key(out.keys_t[left + column + i]) : 0);
       if (inside && row < 4) out.scale_t[left + column + i] = scale;
@@ -447,12 +423,12 @@ __device__ __forceinline__ u32 quantize(const u32 (&x)[4][PAIRS], const Out& out
       if (threadIdx.x < 128) columns[threadIdx.x] = 0;
       __syncthreads();
 #pragma unroll
-      for (int i = 0; i < WIDE; i++)
-        if (threadIdx.x % 32 < ACROSS_ROW) atomicMax(columns + WIDE * group + i, by_column[i]);
+      for (int i = 0; i < 8; i++)
+        if (threadIdx.x % 32 < 16) atomicMax(columns + 8 * group + i, by_column[i]);
       __syncthreads();
 #pragma unroll
-      for (int i = 0; i < WIDE; i++) {
-        float scale = scale_of<IS_E4M3, IS_POWER>(columns[WIDE * group + i]);
+      for (int i = 0; i < 8; i++) {
+        float scale = scale_of<IS_E4M3, IS_POWER>(columns[8 * group + i]);
         if (inside && quad == 0)
           out.scale_t[(u64)(left + column + i) * out.stride_tr + (u64)(row / 128) * out.stride_tc] = scale;
         of_column[i] = factor_of<IS_POWER>(scale);
@@ -466,13 +442,13 @@ __device__ __forceinline__ u32 quantize(const u32 (&x)[4][PAIRS], const Out& out
 }
 
 // Raise the amax, or the keys of rows and columns, to those of x.
-__device__ __forceinline__ u32 measure(const u32 (&x)[4][PAIRS], const Out& out, int row, int column, int left, bool inside,
+__device__ __forceinline__ u32 measure(const u32 (&x)[4][4], const Out& out, int row, int column, int left, bool inside,
                                        int width, u32* columns) {
-  u32 by_row[4], by_column[WIDE];
+  u32 by_row[4], by_column[8];
   u32 top;
   extremes(x, top, by_row, by_column);
   if (MODE != ROW) return top;
-  int quad = threadIdx.x / ACROSS_ROW, group = threadIdx.x % ACROSS_ROW;
+  int quad = threadIdx.x / 16, group = threadIdx.x % 16;
   join_lanes(by_row, by_column);
   if (threadIdx.x < 128) columns[threadIdx.x] = 0;
   __syncthreads();
@@ -480,10 +456,10 @@ __device__ __forceinline__ u32 measure(const u32 (&x)[4][PAIRS], const Out& out,
   for (int j = 0; j < 4; j++)
     if (group == 0 && inside) raise(out.keys + row + j, by_row[j] + 0x00800000u);
 #pragma unroll
-  for (int i = 0; i < WIDE; i++)
-    if (threadIdx.x % 32 < ACROSS_ROW) atomicMax(columns + WIDE * group + i, by_column[i]);
+  for (int i = 0; i < 8; i++)
+    if (threadIdx.x % 32 < 16) atomicMax(columns + 8 * group + i, by_column[i]);
   __syncthreads();
-  int first = column - WIDE * group;
+  int first = column - 8 * group;
   if (threadIdx.x < 128 && first + threadIdx.x < width)
     raise(out.keys_t + left + first + threadIdx.x, columns[threadIdx.x] + 0x00800000u);
   __syncthreads();
@@ -496,11 +472,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     both(Source source, Out out, Out again, int rows, int across) {
   __shared__ __align__(16) u32 turned[BUFFERS ? BUFFERS : 1][BUFFERS ? 128 * WORDS : 4];
   __shared__ u32 columns[128], tops[32];
-  int quad = threadIdx.x / ACROSS_ROW, group = threadIdx.x % ACROSS_ROW, width = source.width;
+  int quad = threadIdx.x / 16, group = threadIdx.x % 16, width = source.width;
   int first_row = blockIdx.x / across * BM, first_column = blockIdx.x % across * 128;
-  int row = first_row + 4 * quad, column = first_column + WIDE * group;
+  int row = first_row + 4 * quad, column = first_column + 8 * group;
   bool inside = row < rows && column < width;
-  u32 x[OUTPUTS][4][PAIRS];
+  u32 x[OUTPUTS][4][4];
   produce(x, source, row, column, inside);
   u32 top = 0;
 #pragma unroll

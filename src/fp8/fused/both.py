@@ -180,10 +180,9 @@ def both(
     if rows % 16 or width % 16:
         raise AssertionError(f"both.cu takes multiples of 16, not {rows} x {width}")
     height = 128 if room.mode == "group" else 64
-    wide = columns_a_thread(room.mode, source.producer)
     fixed = {
         "PRODUCER": PRODUCERS[source.producer], "FUNCTION": 0, "GATED": 1, "H32": 0, "W32": 0, "DIM": 128,
-        "AGAIN": int(again is not None), "H_E4M3": 1, "H_POWER": 1, "BM": height, "WIDE": wide,
+        "AGAIN": int(again is not None), "H_E4M3": 1, "H_POWER": 1, "BM": height,
         "BLOCKS": blocks(room.mode, source.producer),
     }  # fmt: skip
     if again is not None:
@@ -194,7 +193,7 @@ def both(
     for first in (1, 0) if room.two_passes and not measured else (0,):
         made = tuple(sorted({**fixed, "FIRST": first}.items()))
         programs = -(-rows // height) * across
-        nvrtc.launch("fused/both.cu", "both", made, room.device, programs, height * 32 // wide, *arguments)
+        nvrtc.launch("fused/both.cu", "both", made, room.device, programs, 4 * height, *arguments)
     return room
 
 
@@ -203,11 +202,6 @@ def one_pass(room: Room, again: Room) -> bool:
     if again.mode == "known":
         return room.mode in ("given", "known", "measured")
     return room.mode == again.mode and not again.two_passes
-
-
-def columns_a_thread(mode: str, producer: str) -> int:
-    """Eight; four where a backward has three outputs and one scale: half the registers, twice the threads."""
-    return 4 if producer == "act_backward" and mode in ("given", "known", "measured") else 8
 
 
 def blocks(mode: str, producer: str) -> int:

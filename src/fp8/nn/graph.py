@@ -33,7 +33,7 @@ class Graphed(Generic[Outputs]):
         outputs: Outputs,
         model: nn.Module,
         step: Callable[[], Outputs],
-        updates: bool,
+        updates: bool = True,
     ) -> None:
         self.graph, self.outputs, self.states, self.updates = graph, outputs, _states(model), updates
         self.held = [(part, part.codes) for part in model.modules() if isinstance(part, Fp8Products)]
@@ -81,9 +81,7 @@ def graph(step: Callable[[], Outputs], model: nn.Module, warm_up: int = 3) -> Gr
             step()
     torch.cuda.current_stream().wait_stream(side)
     states = _states(model)  # an autocast makes them in the first step
-    updates = any(state.steps > before.get(state, 0) for state in states)
-    if updates:
-        _refuse(states)
+    updates = _updated(states, before)
     if any(state.starting or not any(state.warm) for state in states):
         raise ConfigError(
             "no delayed scale was updated in the warm-up: let the step end with fp8.update_scales(model), or attach it "
@@ -101,10 +99,14 @@ def _states(model: nn.Module) -> list[DelayedState]:
     return [module for module in model.modules() if isinstance(module, DelayedState)]
 
 
-def _refuse(states: list[DelayedState]) -> None:
+def _updated(states: list[DelayedState], before: dict[DelayedState, int]) -> bool:
+    """Whether the warm-up updated scales, which a replay then does as well; only every step's update can be replayed."""
+    if not any(state.steps > before.get(state, 0) for state in states):
+        return False
     for state in states:
         if state.delayed.update_every != 1:
             raise ConfigError(
                 f"delayed scales that are updated every {state.delayed.update_every} steps cannot be captured, for a "
                 "graph repeats one step: use update_every=1."
             )
+    return True
