@@ -100,7 +100,7 @@ def _states(model: nn.Module) -> list[DelayedState]:
 
 
 def _updated(states: list[DelayedState], before: dict[DelayedState, int]) -> bool:
-    """Whether the warm-up updated scales, which a replay then does as well; only every step's update can be replayed."""
+    """Whether the warm-up updated scales, which a replay then does too; only every step's update can be replayed."""
     if not any(state.steps > before.get(state, 0) for state in states):
         return False
     for state in states:
