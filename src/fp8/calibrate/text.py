@@ -49,9 +49,9 @@ def tokenizer_for(folder: Path, name: str | None) -> Any:
     where = where.parent if where.is_file() else where
     if not any(where.glob("tokenizer*")) and not any(where.glob("vocab*")):
         raise DataError(
-            f"{where} has no tokenizer, and text is needed for calibrated scales: copy the model's tokenizer files "
-            "there, name a folder that has them by --tokenizer, or go without text by --no-kv-cache (and a scheme "
-            "other than static)."
+            f"{where} has no tokenizer, and text is needed here: copy the model's tokenizer files there, or name a "
+            "folder that has them, or 'bytes', by --tokenizer. `fp8 quantize --no-kv-cache` needs no text, unless the "
+            "scheme is static or another option reads some."
         )
     from transformers import AutoTokenizer
 
