@@ -9,6 +9,7 @@ import torch
 
 from fp8.errors import ConfigError
 from fp8.train import TrainConfig, train
+from fp8.train.loop import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch's compiler
 
@@ -18,6 +19,12 @@ def test_a_graph_needs_a_gpu_and_no_loss_scale() -> None:
         TrainConfig(graph=True, device="cpu")
     with pytest.raises(ConfigError, match="loss_scale='dynamic'"):
         TrainConfig(graph=True, loss_scale="dynamic")
+
+
+def test_a_machine_without_a_gpu_says_so_before_the_first_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"device='cpu' has none"):
+        Trainer(TrainConfig(graph=True, out=str(tmp_path)))
 
 
 @pytest.mark.gpu

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from ..nn.graph import Graphed, graph
 
 Measure = Callable[[Sequence[Tensor]], Tensor]  # micro-batches -> [loss, norm of the gradient]; leaves the gradient
@@ -24,9 +25,11 @@ EAGER = 2
 
 
 class Captured:
-    """Called like `measure`, with micro-batches of one shape."""
+    """Called like `measure`, with micro-batches of one shape. Raises `ConfigError` where there is no GPU."""
 
     def __init__(self, measure: Measure, model: nn.Module, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise ConfigError(f"graph=True replays a CUDA graph, and device={str(device)!r} has none: leave it out.")
         self.measure, self.model, self.device = measure, model, device
         self.calls = 0
         self.graph: Graphed[Tensor] | None = None
