@@ -23,6 +23,7 @@ import torch
 from .errors import BackendError
 
 Constants = tuple[tuple[str, int], ...]
+MOST_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 PACKAGE = Path(__file__).parent
 
 
@@ -150,7 +151,7 @@ def _enter_context(device: int) -> None:
 
 
 @functools.cache
-def _loaded(source: str, name: str, constants: Constants, device: int) -> ctypes.c_void_p:
+def _loaded(source: str, name: str, constants: Constants, device: int, shared: int) -> ctypes.c_void_p:
     if torch.cuda.is_current_stream_capturing():
         raise BackendError(f"{name} of {source} is first needed while a CUDA graph is captured: run the step before.")
     major, minor = torch.cuda.get_device_capability(device)
@@ -160,18 +161,23 @@ def _loaded(source: str, name: str, constants: Constants, device: int) -> ctypes
         _enter_context(device)
         _done(_driver().cuModuleLoadData(ctypes.byref(module), binary), f"loading {source}")
         _done(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"finding {name}")
+        _done(
+            _driver().cuFuncSetAttribute(function, MOST_SHARED, shared), f"{shared} bytes of shared memory for {name}"
+        )
     return function
 
 
 def launch(
-    source: str, name: str, constants: Constants, device: torch.device, blocks: int, threads: int, *arguments: object
-) -> None:
-    """Start a kernel on the current stream. Arguments are ctypes values or structures, in the kernel's order."""
+    source: str, name: str, constants: Constants, device: torch.device, blocks: int, threads: int, *arguments: object,
+    shared: int = 0,
+) -> None:  # fmt: skip
+    """Start a kernel on the current stream. Arguments are ctypes values or structures, in the kernel's order; `shared`
+    bytes of shared memory are its own to divide."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    function = _loaded(source, name, constants, index)
+    function = _loaded(source, name, constants, index, shared)
     pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))  # type: ignore[arg-type]
     stream = ctypes.c_void_p(torch.cuda.current_stream(index).cuda_stream)
     with torch.cuda.device(index):
         _enter_context(index)
-        status = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, pointers, None)
+        status = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, pointers, None)
     _done(status, f"starting {name}")

@@ -4,8 +4,9 @@
     python -m fp8.bench.train --out DIR --workloads stack 1b --only delayed BF16 --tokens 2048 --profile
 
 Ratios are to the faster of the two BF16 arms, compiled torch and our own fused BF16 kernels, which have the same
-attention and joined projections. Medians of timed steps, with their spread; peak memory of a step; model FLOP
-utilization against the 989 TFLOP/s of BF16; joules a token from the GPU's own counter, where NVML is installed.
+attention and joined projections. Medians of steps one after the other, as in training, with no wait between them; their
+spread; peak memory of a step; model FLOP utilization against the 989 TFLOP/s of BF16; joules a token from the GPU's own
+counter, where NVML is installed.
 `--profile` adds the kernels of one step, by name.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,14 +32,15 @@ def time_step(step: Any, tokens: int, flops: float) -> dict[str, float]:
         step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    times, before = [], joules()
-    for _ in range(TIMED):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+    before = joules()
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED + 1)]
+    step()  # the host gets ahead of the GPU, and stays there if it can
+    for end in ends[:-1]:
+        end.record()
         step()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
+    ends[-1].record()
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(stop) for start, stop in pairwise(ends)]
     ms = statistics.median(times)
     found = {
         "ms": ms, "spread_ms": max(times) - min(times), "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
@@ -45,7 +48,7 @@ def time_step(step: Any, tokens: int, flops: float) -> dict[str, float]:
     }  # fmt: skip
     after = joules()
     if before is not None and after is not None:
-        found["joules_per_token"] = (after - before) / TIMED / tokens
+        found["joules_per_token"] = (after - before) / (TIMED + 1) / tokens
     return found
 
 

@@ -12,7 +12,9 @@
 //              ACT_BACKWARD its gradient and, again, its values
 //   MODE       where the scale comes from: GIVEN and the amax is raised, KNOWN, MEASURED by a first pass (FIRST), ROW and
 //              column keys of a first pass, GROUP of 128 found here (BM = 128); STORE writes the values themselves
-//   E4M3, H_E4M3, POWER, H_POWER, ROWS, COLS, FUNCTION, GATED, AGAIN, H32, W32, DIM
+//   STAGED     (ACT_BACKWARD) a program takes one rectangle after the other and fetches the next one's inputs into shared
+//              memory while it works on this one: three outputs leave registers for too few threads to hide the latency
+//   E4M3, H_E4M3, POWER, H_POWER, ROWS, COLS, FUNCTION, GATED, AGAIN, H32, W32, DIM, BM, BLOCKS
 //
 // Non-finite values are rare: a thread that has one takes a branch of its own. rows is a multiple of 16, columns of 8.
 
@@ -39,6 +41,7 @@ typedef unsigned long long u64;
 #define OUTPUTS (PRODUCER == ACT_BACKWARD ? (GATED ? 2 : 1) + AGAIN : 1)
 #define THREADS (4 * BM)
 #define WORDS (BM / 4)
+#define INPUTS (GATED ? 3 : 2)  // of ACT_BACKWARD: dh, gate and up
 
 struct Out {  // one matrix of codes: [rows, cols], or its transpose
   u8* codes;
@@ -239,6 +242,28 @@ __device__ __forceinline__ void load(u32 (&x)[4][4], const u16* from, u64 stride
   }
 }
 
+#if STAGED
+// The inputs of a rectangle, [input, row of the thread][thread]: each thread reads back what it fetched itself.
+extern __shared__ uint4 staged[];
+
+__device__ __forceinline__ void fetch(int input, const u16* from, u64 stride, bool inside) {
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    u32 to = (u32)__cvta_generic_to_shared(staged + (4 * input + j) * THREADS + threadIdx.x);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 ::"r"(to), "l"(inside ? from + j * stride : from), "r"(inside ? 16 : 0));
+  }
+}
+
+__device__ __forceinline__ void load_staged(u32 (&x)[4][4], int input) {
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    uint4 w = staged[(4 * input + j) * THREADS + threadIdx.x];
+    x[j][0] = w.x; x[j][1] = w.y; x[j][2] = w.z; x[j][3] = w.w;
+  }
+}
+#endif
+
 // What the values are made of. `produce` leaves them in x: one output, or gate and up, and the last for `again`.
 struct Source {
   const void* a;        // x, h, dq, or dh
@@ -324,11 +349,18 @@ __device__ __forceinline__ void produce(u32 (&x)[OUTPUTS][4][4], const Source& s
   int gate_cols = GATED ? 2 * s.width : s.width;
   const u16* from = (const u16*)(PRODUCER == ACT ? s.a : s.b) + (u64)row * gate_cols + column;
   u32 gate[4][4], up[4][4];
+#if STAGED
+  u32 dh[4][4];
+  load_staged(dh, 0);
+  load_staged(gate, 1);
+  if (GATED) load_staged(up, 2);
+#else
   load(gate, from, gate_cols, inside);
   if (GATED) load(up, from + s.width, gate_cols, inside);
 #if PRODUCER == ACT_BACKWARD
   u32 dh[4][4];
   load(dh, (const u16*)s.a + (u64)row * s.width + column, s.width, inside);
+#endif
 #endif
 #pragma unroll
   for (int j = 0; j < 4; j++)
@@ -468,45 +500,78 @@ __device__ __forceinline__ u32 measure(const u32 (&x)[4][4], const Out& out, int
 
 #define BUFFERS (COLS || AGAIN ? (BM == 64 ? OUTPUTS : 1) : 0)  // one after the other where they would not fit
 
+#if STAGED
+__device__ __forceinline__ void fetch_all(const Source& s, int row, int column, bool inside) {
+  int gate_cols = GATED ? 2 * s.width : s.width;
+  u64 at = inside ? (u64)row * gate_cols + column : 0;
+  fetch(0, (const u16*)s.a + (inside ? (u64)row * s.width + column : 0), s.width, inside);
+  fetch(1, (const u16*)s.b + at, gate_cols, inside);
+  if (GATED) fetch(2, (const u16*)s.b + at + s.width, gate_cols, inside);
+  asm volatile("cp.async.commit_group;");
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     both(Source source, Out out, Out again, int rows, int across) {
   __shared__ __align__(16) u32 turned[BUFFERS ? BUFFERS : 1][BUFFERS ? 128 * WORDS : 4];
   __shared__ u32 columns[128], tops[32];
   int quad = threadIdx.x / 16, group = threadIdx.x % 16, width = source.width;
-  int first_row = blockIdx.x / across * BM, first_column = blockIdx.x % across * 128;
-  int row = first_row + 4 * quad, column = first_column + 8 * group;
-  bool inside = row < rows && column < width;
-  u32 x[OUTPUTS][4][4];
-  produce(x, source, row, column, inside);
   u32 top = 0;
+#if STAGED
+  int rectangles = (rows + BM - 1) / BM * across;
+  int ahead_row = blockIdx.x / across * BM + 4 * quad, ahead_column = blockIdx.x % across * 128 + 8 * group;
+  fetch_all(source, ahead_row, ahead_column, ahead_row < rows && ahead_column < width);
+  for (int rectangle = blockIdx.x; rectangle < rectangles; rectangle += gridDim.x) {
+#else
+  {
+    int rectangle = blockIdx.x;
+#endif
+    int first_row = rectangle / across * BM, first_column = rectangle % across * 128;
+    int row = first_row + 4 * quad, column = first_column + 8 * group;
+    bool inside = row < rows && column < width;
+    u32 x[OUTPUTS][4][4];
+#if STAGED
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    produce(x, source, row, column, inside);
+    int next = rectangle + gridDim.x;
+    ahead_row = next / across * BM + 4 * quad, ahead_column = next % across * 128 + 8 * group;
+    if (next < rectangles) fetch_all(source, ahead_row, ahead_column, ahead_row < rows && ahead_column < width);
+    if (BUFFERS > 1) __syncthreads();  // the words of the rectangle before have left
+#else
+    produce(x, source, row, column, inside);
+#endif
 #pragma unroll
-  for (int o = 0; o < OUTPUTS; o++) {
-    u32* words = turned[BUFFERS > 1 ? o : 0];
-    if (FIRST) {
-      if (o < OUTPUTS - AGAIN) top = max(top, measure(x[o], out, row, column, o * width, inside, width, columns));
-    } else if (o < OUTPUTS - AGAIN) {
-      top = max(top, quantize<E4M3, POWER, ROWS, COLS, MODE>(x[o], out, row, column, o * width, inside, words, columns));
-    } else {
-      quantize<H_E4M3, H_POWER, false, true, MODE == GIVEN || MODE == MEASURED ? KNOWN : MODE>(
-          x[o], again, row, column, 0, inside, words, columns);
+    for (int o = 0; o < OUTPUTS; o++) {
+      u32* words = turned[BUFFERS > 1 ? o : 0];
+      if (FIRST) {
+        if (o < OUTPUTS - AGAIN) top = max(top, measure(x[o], out, row, column, o * width, inside, width, columns));
+      } else if (o < OUTPUTS - AGAIN) {
+        top = max(top, quantize<E4M3, POWER, ROWS, COLS, MODE>(x[o], out, row, column, o * width, inside, words,
+                                                               columns));
+      } else {
+        quantize<H_E4M3, H_POWER, false, true, MODE == GIVEN || MODE == MEASURED ? KNOWN : MODE>(
+            x[o], again, row, column, 0, inside, words, columns);
+      }
+      if (!FIRST && BUFFERS == 1) {
+        bool last = AGAIN && o == OUTPUTS - 1;
+        __syncthreads();
+        send_turned(words, last ? again.codes_t : out.codes_t, rows, first_row, last ? 0 : o * width, width,
+                    first_column);
+        __syncthreads();
+      }
     }
-    if (!FIRST && BUFFERS == 1) {
-      bool last = AGAIN && o == OUTPUTS - 1;
+    if (!FIRST && BUFFERS > 1) {
       __syncthreads();
-      send_turned(words, last ? again.codes_t : out.codes_t, rows, first_row, last ? 0 : o * width, width, first_column);
-      __syncthreads();
+#pragma unroll
+      for (int o = 0; o < OUTPUTS; o++) {
+        bool last = AGAIN && o == OUTPUTS - 1;
+        send_turned(turned[o], last ? again.codes_t : out.codes_t, rows, first_row, last ? 0 : o * width, width,
+                    first_column);
+      }
     }
   }
 #if (FIRST && MODE == MEASURED) || (!FIRST && MODE == GIVEN)
   u32 all = block_max(top, tops);
   if (threadIdx.x == 0) raise(out.amax, all);
 #endif
-  if (FIRST || BUFFERS < 2) return;
-  __syncthreads();
-#pragma unroll
-  for (int o = 0; o < OUTPUTS; o++) {
-    bool last = AGAIN && o == OUTPUTS - 1;
-    send_turned(turned[o], last ? again.codes_t : out.codes_t, rows, first_row, last ? 0 : o * width, width,
-                first_column);
-  }
 }

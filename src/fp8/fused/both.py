@@ -7,12 +7,14 @@
     act             f(x), or f(gate) * up                                 x [rows, width] or [rows, 2 width]
     act_backward    its gradient, [rows, 1 or 2 width], and h again       dh [rows, width], x
 
-A program takes 64 x 128 values, with tiles of 128 it takes 128 x 128.
+A program takes 64 x 128 values, with tiles of 128 it takes 128 x 128; in the backward
+of an activation, with scales of rows or groups, one such rectangle after the other.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -183,7 +185,7 @@ def both(
     fixed = {
         "PRODUCER": PRODUCERS[source.producer], "FUNCTION": 0, "GATED": 1, "H32": 0, "W32": 0, "DIM": 128,
         "AGAIN": int(again is not None), "H_E4M3": 1, "H_POWER": 1, "BM": height,
-        "BLOCKS": blocks(room.mode, source.producer),
+        "BLOCKS": blocks(room.mode, source.producer), "STAGED": int(staged(room.mode, source.producer)),
     }  # fmt: skip
     if again is not None:
         fixed |= {"H_E4M3": again.constants["E4M3"], "H_POWER": again.constants["POWER"]}
@@ -192,9 +194,23 @@ def both(
     arguments = (source, room.out, room.out if again is None else again.out, ctypes.c_int(rows), ctypes.c_int(across))
     for first in (1, 0) if room.two_passes and not measured else (0,):
         made = tuple(sorted({**fixed, "FIRST": first}.items()))
-        programs = -(-rows // height) * across
-        nvrtc.launch("fused/both.cu", "both", made, room.device, programs, 4 * height, *arguments)
+        programs, shared = -(-rows // height) * across, 0
+        if fixed["STAGED"]:
+            programs = min(programs, fixed["BLOCKS"] * multiprocessors(room.device))
+            shared = 4 * height * 64 * (3 if fixed["GATED"] else 2)
+        nvrtc.launch("fused/both.cu", "both", made, room.device, programs, 4 * height, *arguments, shared=shared)
     return room
+
+
+def staged(mode: str, producer: str) -> bool:
+    """Whether a program fetches its next rectangle while it works on this one. Chosen by measurement: it pays where
+    scales of rows and columns make the work longer than the fetching."""
+    return producer == "act_backward" and mode in ("row", "group")
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def one_pass(room: Room, again: Room) -> bool:
@@ -209,6 +225,4 @@ def blocks(mode: str, producer: str) -> int:
     by measurement: one output leaves room for four programs, the three of a backward for two."""
     if mode == "group":
         return 1
-    if producer == "act_backward":
-        return 3 if mode == "row" else 2
-    return 2 if producer == "norm" else 4
+    return 2 if producer in ("act_backward", "norm") else 4

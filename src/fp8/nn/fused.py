@@ -8,10 +8,10 @@ differentiable edge: `NormQkvRope` is the first line up to q, k, v; `NormMlp` is
 before and after it. Both also hand on the residual stream, so that its gradient arrives where the norm's backward adds
 to it.
 
-**What lives from forward to backward**: the residual stream, 1 / RMS, and gate and up; the weights' transposed codes
-where they have scales of their own, unless `refresh` holds them. The inputs of the products are not kept: the norm's
+**What lives from forward to backward**: the residual stream, 1 / RMS, and gate and up; the weights' transposed codes,
+unless `refresh` holds them. The inputs of the products are not kept: the norm's
 backward makes the first pair of them again as transposed codes, the activation's backward the last one, from tensors
-that must live anyway; a weight with one scale is read a second time.
+that must live anyway; an `up` weight with one scale is read a second time.
 
 `why_not` says when a block takes this path; otherwise it runs module by module, to the same codes.
 """
@@ -69,16 +69,17 @@ def again(target: Target, scale: Tensor | None) -> Target:
     return target.with_scale(scale if str(target.tile) == "tensor" else None)
 
 
-def weights(run: Run, weight: Tensor, backward: bool) -> Pair:
-    """The weight's codes: those that `refresh` holds, or fresh ones; the transposed ones only if they are kept."""
+def weights(run: Run, weight: Tensor, backward: bool, again: bool = False) -> Pair:
+    """The weight's codes: those that `refresh` holds, or fresh ones; the transposed ones only if they are kept, and not
+    made `again` in the backward."""
     if run.weight is not None:
         return run.weight
-    return run.quantize(weight, W, both=backward and not _made_again(run, weight))
+    return run.quantize(weight, W, both=backward and not (again and _can_be_made_again(run, weight)))
 
 
-def _made_again(run: Run, weight: Tensor) -> bool:
-    """Whether the backward makes the weight's transposed codes anew: one scale serves both orientations, so that costs
-    a second reading of the weight and saves a byte for each of its elements."""
+def _can_be_made_again(run: Run, weight: Tensor) -> bool:
+    """Whether the backward can make the weight's transposed codes anew: where one scale serves both orientations, that
+    costs a second reading of the weight and saves a byte for each of its elements."""
     return str(run.recipe.w.tile) == "tensor" and weight.dtype == torch.bfloat16
 
 
@@ -171,7 +172,7 @@ class NormMlp(torch.autograd.Function):
         h2, rstd, y = norm(h, branch, scale, eps, dtype, target)
         assert isinstance(y, Codes)
         up_run.note(X, y.amax, target.amax, y.scale)
-        up_pair = weights(up_run, up, backward)
+        up_pair = weights(up_run, up, backward, again=True)  # more than half of a layer's codes
         inner = product(up_run, "forward", operands(y, target)[0], up_pair[0], dtype)
         a = activation(inner, function, gated, target_a)
         assert isinstance(a, Codes)

@@ -63,6 +63,7 @@ class Conv2d(nn.Conv2d):
     """A convolution as an FP8 product of its im2col rows [B*H*W, I*kh*kw] with its weight [O, I*kh*kw].
 
     Input [B, I, H, W] or [I, H, W]. One group; every stride, padding, dilation and padding mode of `torch.nn.Conv2d`.
+    A 1 x 1 kernel copies nothing when its input is `torch.channels_last`, and its output is so too.
     """
 
     fp8: Fp8Products
@@ -84,10 +85,18 @@ class Conv2d(nn.Conv2d):
             raise ShapeError(f"{name} takes [batch, {self.in_channels}, height, width]; the input has shape {shape}.")
         x = input if input.dim() == 4 else input.unsqueeze(0)
         x, padding = self._padded(x)
+        if self._is_product_of_pixels(x, padding):
+            y = self.fp8(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+            return y if input.dim() == 4 else y.squeeze(0)
         rows = nn.functional.unfold(x, self.kernel_size, self.dilation, padding, self.stride)  # type: ignore[arg-type]
         y = self.fp8(rows.transpose(1, 2), self.weight.flatten(1), self.bias)
         y = y.transpose(1, 2).reshape(x.shape[0], self.out_channels, *self._output_size(x, padding))
         return y if input.dim() == 4 else y.squeeze(0)
+
+    def _is_product_of_pixels(self, x: Tensor, padding: tuple[int, int]) -> bool:
+        """Whether the rows lie in memory as they are: a 1 x 1 kernel over every pixel of a channels-last input."""
+        every = self.kernel_size == (1, 1) and self.stride == (1, 1) and padding == (0, 0)
+        return every and x.is_contiguous(memory_format=torch.channels_last)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The input, padded here where `unfold` cannot, and what is left for `unfold` to pad."""

@@ -93,7 +93,7 @@ def norm_backward_rows(
     weight = tl.load(weight_ptr + c, mask=c < cols, other=0.0).to(tl.float32)
     share = tl.zeros([BN], tl.float32)
     first = tl.program_id(0) * per
-    for i in range(tl.minimum(per, rows - first)):
+    for i in tl.range(0, tl.minimum(per, rows - first), num_stages=3):  # the next rows' loads are under way
         r = first + i
         at = r.to(tl.int64) * cols + c
         dy = tl.load(dy_ptr + at, mask=c < cols, other=0.0).to(tl.float32)
