@@ -41,7 +41,7 @@ def command(
         typer.Option(help="Also the base as: dynamic, block, weight-only, int8, a preset or a recipe's .json."),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Also the base in INT8 W8A8.")] = False,
-    kv_cache: Annotated[str | None, typer.Option(help="KV cache of all but the base: fp8, e5m2, bf16.")] = None,
+    kv_cache: Annotated[str | None, typer.Option(help="Of all but the base: fp8, e5m2 (measured), stored (the file's scales), scale-1, bf16; else stored, if any.")] = None,
     window: Annotated[int, typer.Option(help="Tokens that a window reads.")] = 1024,
     stride: Annotated[int | None, typer.Option(help="Tokens between two windows; else half a window.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N windows, and N items of each task.")] = None,
