@@ -9,7 +9,7 @@ import torch
 
 import tiny_models
 from fp8.calibrate.calibration import split
-from fp8.calibrate.compensate import DAMPING, Moments, factor, regressed, sweep
+from fp8.calibrate.compensate import REGRESSION, Moments, factor, regressed, sweep
 from fp8.calibrate.sequential import Block, Compensation, Walk
 from fp8.calibrate.text import read_texts, rows_of, tokenizer_for
 from fp8.checkpoint import Options, Scales, frozen_model, quantize_folder, verify
@@ -94,7 +94,7 @@ def test_the_last_layer_is_the_method_applied_to_what_it_sees(models, tmp_path, 
     x = quantize(served, "e4m3", "row").dequantize(torch.float32).double()
     moments = Moments(x.t() @ x, (high.double() - x).t() @ x if target == "output" else None)
     weight = tensors(models["llama"])[f"{name}.weight"].float()
-    codes = sweep(regressed(weight, moments, DAMPING), folder.weight(name).scale, factor(moments.hessian))
+    codes = sweep(regressed(weight, moments, REGRESSION), folder.weight(name).scale, factor(moments.hessian))
     stored, nearest = folder.weight(name).codes, quantize(weight, "e4m3", "row").codes
     differ = [float((codes.view(torch.uint8) != c.view(torch.uint8)).float().mean()) for c in (stored, nearest)]
     assert differ[0] < 0.01 < 0.1 < differ[1]  # sums of FP32 products end otherwise here and there
