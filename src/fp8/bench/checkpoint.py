@@ -104,7 +104,9 @@ def peak_resident() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def measure(layers: int, schemes: list[str], calibrate: bool, folder: Path, device: str = "cpu") -> list[dict[str, Any]]:
+def measure(
+    layers: int, schemes: list[str], calibrate: bool, folder: Path, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """One line a scheme."""
     (folder / "source").mkdir()
     size, results = make(folder / "source", layers), []

@@ -17,18 +17,21 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .compensate import DAMPING
+from .flags import HEAD, OUT, SCALES, SCHEME, SKIP, TOKENIZER
 
+UNLIKE = (
+    "[yellow]note:[/] --compensate chooses codes by a text, and Moby-Dick is like few that are served; on text of "
+    "another kind such codes can be worse than the nearest. Give text like yours by --calibrate FILE."
+)
 RUN_RECIPES = {"dynamic": "rowwise", "block": "blockwise"}
 
 
 def quantize_command(
     model: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors, or a run of `fp8 train`.")],
-    out: Annotated[Path, typer.Argument(help="The folder to make; it appears when it is complete.")],
-    scheme: Annotated[str, typer.Option("--scheme", "-s", help="dynamic, static, block or weight-only.")] = "dynamic",
-    skip: Annotated[
-        list[str] | None, typer.Option(help="Layers that stay: a name with *, or re:EXPRESSION; may be repeated.")
-    ] = None,
-    head: Annotated[bool, typer.Option("--head", help="The output head in FP8 too.")] = False,
+    out: OUT,
+    scheme: SCHEME = "dynamic",
+    skip: SKIP = None,
+    head: HEAD = False,
     kv_cache: Annotated[
         bool | None, typer.Option("--kv-cache/--no-kv-cache", help="Calibrated scales of the KV cache, by head.")
     ] = None,
@@ -45,10 +48,8 @@ def quantize_command(
         str | None, typer.Option(help="The rise of perplexity that is allowed, as 0.5%: layers stay BF16 for it.")
     ] = None,
     budget_samples: Annotated[int, typer.Option(help="Rows of text that decide for --budget; as many check.")] = 8,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="'bytes', a tokenizer.json or its folder; else the model's.")
-    ] = None,
-    scales: Annotated[str, typer.Option(help="power_of_two, or none (amax / 448).")] = "power_of_two",
+    tokenizer: TOKENIZER = None,
+    scales: SCALES = "power_of_two",
     outliers: Annotated[
         str, typer.Option(help="none, rotate, smooth, both, or auto: what helps on held-out text, if anything.")
     ] = "none",
@@ -106,6 +107,8 @@ def quantize_command(
             )
         room = None if budget is None else (parse_budget(budget), budget_samples)
         console = Console(highlight=False, stderr=True)
+        if compensate and not calibrate:
+            console.print(UNLIKE, soft_wrap=True)
         steps = Steps(room, outliers, seed, damping if compensate else None)
         written = quantize(model, out, options, kv_cache, given, console, steps)
     except KeyboardInterrupt:
@@ -299,9 +302,7 @@ def verify_command(
     ] = None,
     text: Annotated[str, typer.Option(help="The text for perplexity.")] = "moby-dick",
     tokens: Annotated[int, typer.Option(help="Tokens of it; 0: no perplexity.")] = 512,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="'bytes', a tokenizer.json or its folder; else the model's.")
-    ] = None,
+    tokenizer: TOKENIZER = None,
     transformers: Annotated[bool, typer.Option(help="Also decode it with transformers.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print data instead of a table.")] = False,
 ) -> None:

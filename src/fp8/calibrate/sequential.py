@@ -110,9 +110,10 @@ class Compensation:
         walk = Walk(source, layers, options, scales, self, [part.to(self.device) for part in (chosen, held)])
         with torch.no_grad():
             files, errors = walk.through(folder, self.progress)
+        own = {name: getattr(self, name) for name in ("target", "damping", "regression", "order")}
         how = {
-            "texts": list(self.texts), "tokens": chosen.numel(), "held_out_tokens": held.numel(), "target": self.target,
-            "damping": self.damping, "regression": self.regression, "order": self.order, "layers": len(files), "held_out": told_errors(errors),
+            "texts": list(self.texts), "tokens": chosen.numel(), "held_out_tokens": held.numel(), **own,
+            "layers": len(files), "held_out": told_errors(errors),
         }  # fmt: skip
         return Rounded(files, how)
 
@@ -282,7 +283,7 @@ class Block:
         return Moments(hessian.cpu(), **{"lack" if name == self.last else "drift": found})
 
     def lacks(self, name: str, high: Tensor, served: Tensor, x: Tensor) -> Tensor:
-        """What a layer's inputs x lack, or, of the last layer, the hidden states behind the block; FP32 [B * T, ...]."""
+        """What a layer's inputs x lack, of the last layer: the hidden states behind the block; FP32 [B * T, ...]."""
         if name != self.last:
             return self.entering(name, high, served=False) - x
         self.served[name] = self.high[name]  # so that its input is rounded, and its weight not yet

@@ -173,9 +173,9 @@ def measured_cache(spec: ModelSpec) -> str | None:
 
 def as_stored(spec: ModelSpec, layers: int) -> str:
     """What is judged of an FP8 checkpoint, in one line, and what is not."""
-    scales = len(Fp8Folder.open(spec.folder).kv)
-    used = "used" if spec.kv_cache == STORED else "not used"
-    return f"{layers} layers of codes as stored" + (f"; its {scales} scales of the KV cache are {used}" if scales else "")
+    scales, used = len(Fp8Folder.open(spec.folder).kv), "used" if spec.kv_cache == STORED else "not used"
+    cache = f"; its {scales} scales of the KV cache are {used}" if scales else ""
+    return f"{layers} layers of codes as stored{cache}"
 
 
 def open_causal(spec: ModelSpec) -> Causal:
