@@ -217,7 +217,7 @@ class Block:
         self.walk, self.module, self.call = walk, module, call
         inside = {m: name for m, name in walk.names.items() if m.startswith(prefix + ".")}
         self.linear = {name: walk.model.get_submodule(m) for m, name in inside.items()}
-        self.high = {name: layer.weight.data for name, layer in self.linear.items()}
+        self.high: dict[str, Any] = {name: layer.weight.data for name, layer in self.linear.items()}
         self.served: dict[str, Tensor] = {}
         self.last: str | None = None
 
