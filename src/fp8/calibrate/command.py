@@ -97,7 +97,8 @@ def quantize_command(
         return
     given: dict[str, Any] = {
         "texts": tuple(calibrate or ("moby-dick",)), "samples": samples, "length": length, "observer": observer,
-        "percentile": percentile, "tokenizer": tokenizer, "scales": scales, "device": device,
+        "percentile": percentile, "tokenizer": tokenizer, "device": device,
+        "scales": "none" if scales == "none" else "power_of_two",
     }  # fmt: skip
     try:
         if compensate and budget is not None:

@@ -40,8 +40,8 @@ its operands are first rounded to whole numbers of 22 bits, errors by row and `c
 products stay below 2^53, FP64 holds them exactly, and exact sums have no order. Law: 0 codes differ between CPU and
 GPU, given weights, scales and statistics.
 
-Left out: searching the scale together with the codes (a power of two has nothing to search; a binade more halves the
-room of subnormals and nothing else), and descent on codes after the sweep.
+Left out: searching the scale together with the codes (one searched before, `Options(scales="search")`, leaves nothing
+to speak of: `docs/log.md`), and descent on codes after the sweep.
 """
 
 from __future__ import annotations

@@ -13,5 +13,5 @@ SKIP = Annotated[
     list[str] | None, typer.Option(help="Layers that stay: a name with *, or re:EXPRESSION; may be repeated.")
 ]
 HEAD = Annotated[bool, typer.Option("--head", help="The output head in FP8 too.")]
-SCALES = Annotated[str, typer.Option(help="power_of_two, or none (amax / 448).")]
+SCALES = Annotated[str, typer.Option(help="power_of_two, none (amax / 448), or search: a channel's best.")]
 TOKENIZER = Annotated[str | None, typer.Option(help="'bytes', a tokenizer.json or its folder; else the model's.")]

@@ -28,6 +28,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError, suggest
 from ..quantize import INPUTS, Quantized
 from ..quantize import quantize as quantize_tensor
+from ..tile import Tile
 from .compressed_tensors import E4M3, Scheme, check_values, own_config, quantization_config
 from .decisions import (
     Calibrate,
@@ -45,6 +46,7 @@ from .decisions import (
 )  # fmt: skip
 from .layers import Layers, choose_layers, fused_group, refuse_shapes, skeleton
 from .partial import Progress, Task, making, promised
+from .scale_search import searched_scales
 from .source import Source
 
 SLAB = 1 << 24  # elements that are quantized at once
@@ -62,7 +64,8 @@ SCHEMES = {
 class Options:
     """What decides the bytes. `dtype` of what stays: "auto" (FP32 becomes BF16, all else is kept) or a type's name.
 
-    `scales`: "power_of_two" (the contract's default) or "none" (amax / 448), for weights and for served activations.
+    `scales`: "power_of_two" (the contract's default) or "none" (amax / 448), for weights and for served activations;
+    "search": of weights, whichever errs least (`scale_search.py`), where each channel has its own.
     """
 
     scheme: str = "dynamic"
@@ -74,15 +77,25 @@ class Options:
     def __post_init__(self) -> None:
         for value, known, what in (
             (self.scheme, SCHEMES, "scheme"),
-            (self.scales, ("power_of_two", "none"), "scales"),
+            (self.scales, ("power_of_two", "none", "search"), "scales"),
             (self.dtype, ("auto", *DTYPES), "dtype"),
         ):
             if value not in known:
                 raise ConfigError(f"{what} cannot be {value!r}. {suggest(value, known)}")
+        if self.scales == "search" and SCHEMES[self.scheme].tile != Tile(1, 0):
+            raise ConfigError(
+                f"scales='search' looks for the best scale of each channel, and scheme {self.scheme!r} has none of its "
+                "own for a channel: use dynamic or weight-only."
+            )
 
     @property
     def layout(self) -> Scheme:
-        return replace(SCHEMES[self.scheme], scale_rounding=self.scales)
+        return with_scales(SCHEMES[self.scheme], self.scales)
+
+
+def with_scales(scheme: Scheme, scales: str) -> Scheme:
+    """A scheme with the scales that `Options` name so."""
+    return replace(scheme, scale_rounding="none" if scales == "none" else "power_of_two", searched=scales == "search")
 
 
 @dataclass(frozen=True)
@@ -262,7 +275,12 @@ def quantize_weight(weight: Tensor, scheme: Scheme, scale: Tensor | None = None)
         scale = scale_of(largest(weight), scheme.scale_rounding)
     scale = None if scale is None else scale.to(weight.device)
     rows = max(SLAB // max(weight.shape[1], 1) // 128, 1) * 128
-    parts = [quantize_tensor(slab, "e4m3", tile, scheme.scale_rounding, scale=scale) for slab in weight.split(rows)]
+    parts = [
+        quantize_tensor(
+            slab, "e4m3", tile, scheme.scale_rounding, scale=searched_scales(slab) if scheme.searched else scale
+        )
+        for slab in weight.split(rows)
+    ]
     codes = torch.cat([part.codes.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
     return Quantized(codes, parts[0].scale if scheme.per_tensor else torch.cat([p.scale for p in parts]), tile, E4M3)
 
