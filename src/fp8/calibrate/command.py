@@ -57,7 +57,9 @@ def quantize_command(
     dtype: Annotated[
         str, typer.Option(help="Of what stays: auto (FP32 becomes BF16), bfloat16, float16, float32.")
     ] = "auto",
-    device: Annotated[str, typer.Option(help="Where the text is run: auto, cpu, cuda or cuda:N.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Where text is run and weights are rounded: auto, cpu, cuda or cuda:N.")
+    ] = "cpu",
     compensate: Annotated[
         bool, typer.Option("--compensate", help="Round so that errors make up for each other on the text (GPTQ).")
     ] = False,
@@ -135,6 +137,7 @@ def quantize(
     """`quantize_folder` with what it needs of calibration, and progress on a console."""
     from ..checkpoint.quantize import quantize_folder
     from ..checkpoint.source import Source
+    from ..train.loop import device_of
     from .budget import Budget
     from .calibration import Calibration
     from .remedies import Remedies
@@ -155,8 +158,9 @@ def quantize(
         if steps.damping is not None:
             more = {"samples": given["samples"], "damping": steps.damping}
             compensation = Compensation(**own, **more, progress=blocks)
+        asked = {"remedy": remedy, "choose": budget, "compensate": compensation}
         return quantize_folder(
-            model, out, options, calibration, bytes_, remedy=remedy, choose=budget, compensate=compensation
+            model, out, options, calibration, bytes_, **asked, device=str(device_of(given["device"]))
         )
 
 
