@@ -11,8 +11,8 @@ Below amax / 448 the largest weights are clipped, which may pay; two binades are
 what is subnormal. **The same scales everywhere**: candidates are one product each, and errors are counted in whole
 numbers of 20 bits, so that their squares are summed exactly, in any order.
 
-What a model gains by it is more than that: equal weights in channels of one scale err alike, and no longer do when
-each channel has its own (`docs/log.md`; a scale drawn at random wins half of it).
+A model may gain more by it than that: under powers of two all channels have one grid, and a scale drawn at random for
+each was better already (`docs/log.md`, which does not say why).
 
 Nothing is asked of text. Rounding with compensation has the same to gain (`docs/log.md`), since it chooses codes under
 the scales that it is given.
