@@ -147,3 +147,10 @@ def test_the_block_sketches_fail_as_printed_and_agree_when_mended(capsys, produc
     assert "codes and scales equal to the byte: True" in printed
     assert "normal: per tensor 2.25%, per 128 2.24%, per 32 2.18%" in printed
     assert products["reference"] == 1
+
+
+def test_settings_for_books_are_settings_of_a_run() -> None:
+    from fp8.train import TrainConfig
+
+    settings = TrainConfig.from_toml(EXAMPLES / "books.toml")
+    assert settings.tokens_per_step == 65536 and settings.graph and settings.fp8_recipe is not None

@@ -8,13 +8,17 @@ import pytest
 import torch
 
 import tiny_models
+from fp8.calibrate.blocks import calls_of, entering
 from fp8.calibrate.calibration import split
-from fp8.calibrate.compensate import DAMPING, Moments, factor, regressed, sweep
+from fp8.calibrate.compensate import REGRESSION, Moments, factor, regressed, sweep
+from fp8.calibrate.running import fill
 from fp8.calibrate.sequential import Block, Compensation, Walk
 from fp8.calibrate.text import read_texts, rows_of, tokenizer_for
 from fp8.checkpoint import Options, Scales, frozen_model, quantize_folder, verify
 from fp8.checkpoint.fp8_folder import Fp8Folder
 from fp8.checkpoint.frozen import outputs
+from fp8.checkpoint.layers import choose_layers, skeleton
+from fp8.checkpoint.source import Source
 from fp8.cli import main
 from fp8.errors import CheckpointError, ConfigError
 from fp8.quantize import quantize
@@ -81,7 +85,7 @@ def loaded_plain(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("target", ["weight", "output"])
+@pytest.mark.parametrize("target", ["weight", "output", "stream"])
 def test_the_last_layer_is_the_method_applied_to_what_it_sees(models, tmp_path, target):
     """By hand, from the inputs that it has in the finished model and in the one in high precision."""
     name = "model.layers.1.mlp.down_proj"
@@ -92,9 +96,15 @@ def test_the_last_layer_is_the_method_applied_to_what_it_sees(models, tmp_path, 
         inputs_of(model, name, rows) for model in (loaded_plain(models["llama"]), frozen_model(folder, torch.float32))
     )
     x = quantize(served, "e4m3", "row").dequantize(torch.float32).double()
-    moments = Moments(x.t() @ x, (high.double() - x).t() @ x if target == "output" else None)
     weight = tensors(models["llama"])[f"{name}.weight"].float()
-    codes = sweep(regressed(weight, moments, DAMPING), folder.weight(name).scale, factor(moments.hessian))
+    lost = {"weight": None, "output": (high.double() - x).t() @ x}
+    if target == "stream":
+        behind = hidden_behind(loaded_plain(models["llama"]), None, rows)
+        lacks = behind - hidden_behind(frozen_model(folder, torch.float32), (name, weight), rows)
+        moments = Moments(x.t() @ x, lack=lacks.double().t() @ x)
+    else:
+        moments = Moments(x.t() @ x, lost[target])
+    codes = sweep(regressed(weight, moments, REGRESSION), folder.weight(name).scale, factor(moments.hessian))
     stored, nearest = folder.weight(name).codes, quantize(weight, "e4m3", "row").codes
     differ = [float((codes.view(torch.uint8) != c.view(torch.uint8)).float().mean()) for c in (stored, nearest)]
     assert differ[0] < 0.01 < 0.1 < differ[1]  # sums of FP32 products end otherwise here and there
@@ -105,6 +115,36 @@ def inputs_of(model, name, rows):
     model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
     outputs(model, rows)
     return torch.cat(seen)
+
+
+def hidden_behind(model, unrounded, rows):
+    """The hidden states behind the last block, one layer of which has this weight and codes for inputs."""
+    if unrounded is not None:
+        name, weight = unrounded
+        plain = torch.nn.Linear(*weight.t().shape, bias=False)
+        plain.weight.data = weight
+        plain.register_forward_pre_hook(
+            lambda _, args: quantize(args[0].flatten(0, -2), "e4m3", "row").dequantize(torch.float32).view_as(args[0])
+        )
+        model.set_submodule(name, plain)
+    return inputs_of(model, "model.norm", rows)
+
+
+@torch.no_grad()
+def test_stream_is_about_layers_whose_outputs_are_added_to_the_hidden_states(models):
+    """Not so behind the norm in which a block of BERT ends."""
+    for kind, last in (("llama", "mlp.down_proj"), ("bert", None)):
+        source = Source.open(models[kind])
+        layers = choose_layers(source, skeleton(source))
+        rows = text_of(models["llama"])[:2]
+        walk = Walk(source, layers, Options(), Scales(), FEW, [rows, rows])
+        prefix, module, names = walk.blocks[0]
+        call = calls_of(walk.model, walk.blocks, source, walk.rows, "cpu")[0]
+        hidden = entering(walk.model, module, rows)
+        fill(walk.model, source, names, "cpu")
+        block = Block(walk, prefix, module, call)
+        found = block.last_layer(block.stages(hidden)[-1], hidden)
+        assert found == (last and f"model.layers.0.{last}")
 
 
 @pytest.mark.parametrize("kind", ["odd", "bert"])
@@ -226,8 +266,9 @@ def run(*words):
 def test_the_command_says_what_it_did(models, tmp_path, capfd):
     few = ["--samples", "9", "--length", "24", "--no-kv-cache"]
     assert run("quantize", models["llama"], tmp_path / "out", "--compensate", *few) == 0
-    told = capfd.readouterr().out
-    assert "14 layers compensated on 192 tokens; of 24 held-out tokens the outputs' squared error is" in told
+    told = capfd.readouterr()
+    assert "14 layers compensated on 192 tokens; of 24 held-out tokens the outputs' squared error is" in told.out
+    assert "Give text like yours by --calibrate FILE" in told.err
     assert run("verify", tmp_path / "out", "--against", models["llama"], "--tokens", "0") == 0
     assert "rounded with compensation" in " ".join(capfd.readouterr().out.split())
 

@@ -17,6 +17,7 @@ from fp8.errors import CheckpointError, ConfigError, DataError
 from tiny_models import bytes_of, tensors
 
 SMALL = ShortQat(steps=6, batch=2, length=24, lr=1e-4, device="cpu", save_every=4)
+TWO_STEPS = {"steps": 2, "batch": 2, "length": 24, "device": "cpu"}
 
 
 def run(*words: object) -> int:
@@ -114,6 +115,22 @@ def test_distillation_brings_the_rounded_model_nearer(tmp_path, model):
     train_folder(model, tmp_path / "out", Options(), how)
     losses = json.loads((tmp_path / "out" / "qat.json").read_text())["losses"]
     assert sum(losses[-5:]) / 5 < 0.8 * losses[0]
+
+
+def test_the_control_trains_the_same_way_and_rounds_nothing(tmp_path, model):
+    learned = {"distill": False, "steps": 4, "batch": 2, "length": 24, "lr": 1e-3, "device": "cpu"}
+    control = train_folder(model, tmp_path / "control", Options(), ShortQat(rounding=False, **learned))
+    rounded = train_folder(model, tmp_path / "rounded", Options(), ShortQat(**learned))
+    assert sorted(path.name for path in control.folder.iterdir()) == ["high", "qat.json"]
+    assert control.perplexity["rounded"] == control.perplexity["model"] == rounded.perplexity["model"]
+    assert control.perplexity["trained"] < control.perplexity["model"]
+    before, after = tensors(model), tensors(control.folder / "high")
+    assert any(not torch.equal(before[name].float(), after[name]) for name in before)
+
+
+def test_distilled_from_itself_the_control_stays_what_it_was(tmp_path, model):
+    control = train_folder(model, tmp_path / "out", Options(), ShortQat(rounding=False, **TWO_STEPS))
+    assert max(json.loads((control.folder / "qat.json").read_text())["losses"]) < 1e-6
 
 
 def test_rows_are_all_seen_before_one_is_seen_again():

@@ -266,3 +266,13 @@ def test_a_static_model_saved_again_keeps_its_input_scales(models, tmp_path):
     fp8.checkpoint.save(load(tmp_path / "out"), tmp_path / "again")
     tokens = torch.arange(7)[None]
     assert torch.equal(load(tmp_path / "again")(tokens), load(tmp_path / "out")(tokens))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["dynamic", "static", "block", "weight-only"])
+def test_weights_rounded_on_a_gpu_give_the_same_bytes(scheme, models, tmp_path):
+    folders = [
+        quantize_folder(models["llama"], tmp_path / device, Options(scheme), constant(), device=device).folder
+        for device in ("cpu", "cuda")
+    ]
+    assert bytes_of(folders[0]) == bytes_of(folders[1])

@@ -83,14 +83,15 @@ def drawn(noise: Tensor, shift: int, spec: Tensor) -> Tensor:
     return noise.roll(shift).repeat(-(-spec.numel() // len(noise)))[: spec.numel()].view(spec.shape)
 
 
-def quantize(source: Path, out: Path, scheme: str, calibrate: bool, answer: Any) -> None:
+def quantize(source: Path, out: Path, scheme: str, calibrate: bool, device: str, answer: Any) -> None:
     """In a process of its own: seconds and peak resident memory."""
     from ..calibrate import Calibration
     from ..checkpoint import Options, quantize_folder
 
+    torch.zeros(1, device=device)  # the device's own start is not counted
     start, before = time.perf_counter(), peak_resident()
     calibration = Calibration(samples=16, length=256, stream=True) if calibrate else None
-    quantize_folder(source, out, Options(scheme), calibration)
+    quantize_folder(source, out, Options(scheme), calibration, device=device)
     used = resource.getrusage(resource.RUSAGE_SELF)
     answer.put((time.perf_counter() - start, used.ru_utime + used.ru_stime, before, peak_resident()))
 
@@ -103,14 +104,17 @@ def peak_resident() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def measure(layers: int, schemes: list[str], calibrate: bool, folder: Path) -> list[dict[str, Any]]:
+def measure(
+    layers: int, schemes: list[str], calibrate: bool, folder: Path, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """One line a scheme."""
     (folder / "source").mkdir()
     size, results = make(folder / "source", layers), []
     spawned = multiprocessing.get_context("spawn")
     for scheme in schemes:
         answer = spawned.Queue()
-        child = spawned.Process(target=quantize, args=(folder / "source", folder / scheme, scheme, calibrate, answer))
+        how = (folder / "source", folder / scheme, scheme, calibrate, device, answer)
+        child = spawned.Process(target=quantize, args=how)
         child.start()
         seconds, cpu, before, peak = answer.get()
         child.join()
@@ -118,7 +122,7 @@ def measure(layers: int, schemes: list[str], calibrate: bool, folder: Path) -> l
         results.append({
             "layers": layers, "scheme": scheme, "calibrated": calibrate, "source_bytes": size, "seconds": seconds,
             "cpu_seconds": cpu, "gigabytes_per_second": size / seconds / 1e9, "peak_resident_bytes": peak,
-            "resident_bytes_before": before, "threads": torch.get_num_threads(),
+            "resident_bytes_before": before, "threads": torch.get_num_threads(), "device": device,
         })  # fmt: skip
         print(json.dumps(results[-1]), flush=True)
     return results
@@ -131,11 +135,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--schemes", nargs="*", default=["dynamic", "block"])
     parser.add_argument("--calibrate", action="store_true", help="KV scales too, layer by layer from disk")
+    parser.add_argument("--device", default="cpu", help="where weights are rounded: cpu or cuda")
     parser.add_argument("--folder", help="where there is room; else the system's temporary folder")
     options = parser.parse_args(arguments)
     print(json.dumps(machine()), flush=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        results = measure(options.layers, options.schemes, options.calibrate, Path(folder))
+        results = measure(options.layers, options.schemes, options.calibrate, Path(folder), options.device)
     print(save(options.out, "checkpoint", results))
 
 

@@ -17,18 +17,21 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .compensate import DAMPING
+from .flags import HEAD, OUT, SCALES, SCHEME, SKIP, TOKENIZER
 
+UNLIKE = (
+    "[yellow]note:[/] --compensate chooses codes by a text, and Moby-Dick is like few that are served; on text of "
+    "another kind such codes can be worse than the nearest. Give text like yours by --calibrate FILE."
+)
 RUN_RECIPES = {"dynamic": "rowwise", "block": "blockwise"}
 
 
 def quantize_command(
     model: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors, or a run of `fp8 train`.")],
-    out: Annotated[Path, typer.Argument(help="The folder to make; it appears when it is complete.")],
-    scheme: Annotated[str, typer.Option("--scheme", "-s", help="dynamic, static, block or weight-only.")] = "dynamic",
-    skip: Annotated[
-        list[str] | None, typer.Option(help="Layers that stay: a name with *, or re:EXPRESSION; may be repeated.")
-    ] = None,
-    head: Annotated[bool, typer.Option("--head", help="The output head in FP8 too.")] = False,
+    out: OUT,
+    scheme: SCHEME = "dynamic",
+    skip: SKIP = None,
+    head: HEAD = False,
     kv_cache: Annotated[
         bool | None, typer.Option("--kv-cache/--no-kv-cache", help="Calibrated scales of the KV cache, by head.")
     ] = None,
@@ -45,10 +48,8 @@ def quantize_command(
         str | None, typer.Option(help="The rise of perplexity that is allowed, as 0.5%: layers stay BF16 for it.")
     ] = None,
     budget_samples: Annotated[int, typer.Option(help="Rows of text that decide for --budget; as many check.")] = 8,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="'bytes', a tokenizer.json or its folder; else the model's.")
-    ] = None,
-    scales: Annotated[str, typer.Option(help="power_of_two, or none (amax / 448).")] = "power_of_two",
+    tokenizer: TOKENIZER = None,
+    scales: SCALES = "power_of_two",
     outliers: Annotated[
         str, typer.Option(help="none, rotate, smooth, both, or auto: what helps on held-out text, if anything.")
     ] = "none",
@@ -56,7 +57,9 @@ def quantize_command(
     dtype: Annotated[
         str, typer.Option(help="Of what stays: auto (FP32 becomes BF16), bfloat16, float16, float32.")
     ] = "auto",
-    device: Annotated[str, typer.Option(help="Where the text is run: auto, cpu, cuda or cuda:N.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Where text is run and weights are rounded: auto, cpu, cuda or cuda:N.")
+    ] = "cpu",
     compensate: Annotated[
         bool, typer.Option("--compensate", help="Round so that errors make up for each other on the text (GPTQ).")
     ] = False,
@@ -96,7 +99,8 @@ def quantize_command(
         return
     given: dict[str, Any] = {
         "texts": tuple(calibrate or ("moby-dick",)), "samples": samples, "length": length, "observer": observer,
-        "percentile": percentile, "tokenizer": tokenizer, "scales": scales, "device": device,
+        "percentile": percentile, "tokenizer": tokenizer, "device": device,
+        "scales": "none" if scales == "none" else "power_of_two",
     }  # fmt: skip
     try:
         if compensate and budget is not None:
@@ -106,6 +110,8 @@ def quantize_command(
             )
         room = None if budget is None else (parse_budget(budget), budget_samples)
         console = Console(highlight=False, stderr=True)
+        if compensate and not calibrate:
+            console.print(UNLIKE, soft_wrap=True)
         steps = Steps(room, outliers, seed, damping if compensate else None)
         written = quantize(model, out, options, kv_cache, given, console, steps)
     except KeyboardInterrupt:
@@ -131,6 +137,7 @@ def quantize(
     """`quantize_folder` with what it needs of calibration, and progress on a console."""
     from ..checkpoint.quantize import quantize_folder
     from ..checkpoint.source import Source
+    from ..train.loop import device_of
     from .budget import Budget
     from .calibration import Calibration
     from .remedies import Remedies
@@ -151,8 +158,9 @@ def quantize(
         if steps.damping is not None:
             more = {"samples": given["samples"], "damping": steps.damping}
             compensation = Compensation(**own, **more, progress=blocks)
+        asked = {"remedy": remedy, "choose": budget, "compensate": compensation}
         return quantize_folder(
-            model, out, options, calibration, bytes_, remedy=remedy, choose=budget, compensate=compensation
+            model, out, options, calibration, bytes_, **asked, device=str(device_of(given["device"]))
         )
 
 
@@ -299,9 +307,7 @@ def verify_command(
     ] = None,
     text: Annotated[str, typer.Option(help="The text for perplexity.")] = "moby-dick",
     tokens: Annotated[int, typer.Option(help="Tokens of it; 0: no perplexity.")] = 512,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="'bytes', a tokenizer.json or its folder; else the model's.")
-    ] = None,
+    tokenizer: TOKENIZER = None,
     transformers: Annotated[bool, typer.Option(help="Also decode it with transformers.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print data instead of a table.")] = False,
 ) -> None:

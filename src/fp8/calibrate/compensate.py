@@ -21,7 +21,10 @@ fixed before: what carries a weight beyond the largest code is clipped, and the 
 it should be like saw others, X'. So the weight to be rounded may first be regressed onto the outputs that it should
 give, Y = X' W^T: W* = W + W (X' - X)^T X (H + damping)^-1. Then |Y - X W^^T|^2 = |X (W* - W^)^T|^2 + what no weight can
 change, so that rounding W* with H is the whole problem. It is `target="output"` and no default: the regression fits
-K numbers a row to the text, errors included, and on a small text it lost more than it won (`docs/log.md`).
+K numbers a row to the text, errors included, and on a small text it lost more than it won (`docs/log.md`). Hence a
+damping of its own, `regression`, ten times that of rounding. `target="stream"` asks more of the last layer of a block,
+whose outputs are added to the hidden states: it should give what these lack behind the block, E = h' - h, whichever
+layer before it was the cause: W* = W + E^T X (H + damping)^-1.
 
 **Damping.** `damping` times the mean of diag(H) is added to its diagonal: what few rows of text say of K inputs is
 noise below that. A dead input (its row of H is zero) is left with the damping alone: it takes nothing, gives nothing,
@@ -37,8 +40,8 @@ its operands are first rounded to whole numbers of 22 bits, errors by row and `c
 products stay below 2^53, FP64 holds them exactly, and exact sums have no order. Law: 0 codes differ between CPU and
 GPU, given weights, scales and statistics.
 
-Left out: searching the scale together with the codes (a power of two has nothing to search; a binade more halves the
-room of subnormals and nothing else), and descent on codes after the sweep.
+Left out: searching the scale together with the codes (one searched before, `Options(scales="search")`, leaves nothing
+to speak of: `docs/log.md`), and descent on codes after the sweep.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ from ..errors import ConfigError, DataError, suggest
 from ..formats import format_of
 from ..quantize.reference import nearest
 
-DAMPING = 0.1
+DAMPING, REGRESSION = 0.1, 1.0
 ORDERS = ("activation", "index")
 BLOCK = 128  # columns between two exact products
 BITS = 22  # of their operands: 2 * 22 + log2(128) = 51 < 53
@@ -64,11 +67,15 @@ class Moments:
     """What text leaves behind of a layer: FP64, on the CPU.
 
     hessian    X^T X [K, K] of the inputs as served
-    drift      (X' - X)^T X [K, K], X' being the inputs in high precision; None: the weight itself is rounded
+    drift      (X' - X)^T X [K, K], X' being the inputs in high precision
+    lack       E^T X [N, K], E being what the outputs lack; it takes the place of W drift
+
+    Without either, the weight itself is rounded.
     """
 
     hessian: Tensor
     drift: Tensor | None = None
+    lack: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -117,9 +124,9 @@ def factor(hessian: Tensor, damping: float = DAMPING, order: str = "activation")
 
 def regressed(weight: Tensor, moments: Moments, damping: float) -> Tensor:
     """W* [N, K], FP32: the weight that, on the inputs as served, comes nearest to the outputs in high precision."""
-    if moments.drift is None:
+    if moments.drift is None and moments.lack is None:
         return weight.float()
-    lacks = weight.double() @ moments.drift
+    lacks = weight.double() @ moments.drift if moments.lack is None else moments.lack  # type: ignore[operator]
     root = torch.linalg.cholesky(damped(moments.hessian, damping))
     return (weight.double() + torch.cholesky_solve(lacks.t(), root).t()).float()
 

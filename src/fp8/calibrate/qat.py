@@ -79,6 +79,8 @@ def prepare_qat(
     if any(isinstance(part, FakeProducts) for part in model.modules()):
         raise ConvertError("this model is prepared already: fp8.revert(model) first.")
     options = Options(scheme, (skip,) if isinstance(skip, str) else tuple(skip), head, scale_rounding)
+    if options.layout.searched:
+        raise ConfigError("scale_rounding='search' is for weights that stay: training moves them. Use power_of_two.")
     cached = attention_modules(model) if kv else {}
     if kv and not cached:
         raise ConvertError("no attention of this model is known to fill a KV cache: leave out kv.")

@@ -8,15 +8,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .flags import HEAD, OUT, SCALES, SCHEME, SKIP, TOKENIZER
+
 
 def qat_command(
     model: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors.")],
-    out: Annotated[Path, typer.Argument(help="The folder to make; it appears when it is complete.")],
-    scheme: Annotated[str, typer.Option("--scheme", "-s", help="dynamic, static, block or weight-only.")] = "dynamic",
-    skip: Annotated[
-        list[str] | None, typer.Option(help="Layers that stay: a name with *, or re:EXPRESSION; may be repeated.")
-    ] = None,
-    head: Annotated[bool, typer.Option("--head", help="The output head in FP8 too.")] = False,
+    out: OUT,
+    scheme: SCHEME = "dynamic",
+    skip: SKIP = None,
+    head: HEAD = False,
     kv_cache: Annotated[
         str, typer.Option(help="Rounding of keys and values: head (as servers), token (as fp8 generate), or none.")
     ] = "head",
@@ -30,11 +30,9 @@ def qat_command(
     distill: Annotated[
         bool, typer.Option("--distill/--no-distill", help="Learn from the unrounded model, or from the text.")
     ] = True,
-    scales: Annotated[str, typer.Option(help="power_of_two, or none (amax / 448).")] = "power_of_two",
+    scales: SCALES = "power_of_two",
     seed: Annotated[int, typer.Option(help="Seed of the order of the rows.")] = 0,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="'bytes', a tokenizer.json or its folder; else the model's.")
-    ] = None,
+    tokenizer: TOKENIZER = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Train a model for a short while with weights, activations and KV cache rounded; write its FP8 checkpoint.

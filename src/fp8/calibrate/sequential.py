@@ -2,8 +2,8 @@
 
 Hidden states walk through the model as they will when it is served: through weights that are rounded already, and with
 every input of a linear layer rounded as the scheme says. At each linear layer they give its statistics
-(`compensate.py`). With `target="output"` a second stream in high precision walks beside, from the same rows of text,
-and says what should have come out.
+(`compensate.py`). With `target="output"` or `"stream"` a second stream in high precision walks beside, from the same
+rows of text, and says what should have come out.
 
 Within a block the layers are rounded in the order in which they run, those with one input (q, k and v; gate and up)
 together. For each such stage all rows run through the block up to there, batch by batch, so that memory holds one
@@ -48,13 +48,13 @@ from ..tile import Tile
 from ..train.loop import device_of
 from .blocks import Call, Enough, calls_of, entering
 from .calibration import split
-from .compensate import DAMPING, E4M3, Moments, factor, one_order, output_error, regressed, sweep
+from .compensate import DAMPING, E4M3, REGRESSION, Moments, factor, one_order, output_error, regressed, sweep
 from .running import fill, hollow, stored_as
 from .text import digest, read_texts, rows_of, tokenizer_for
 
 BATCH = 16  # rows that run at once
 Stream = list[Tensor]  # hidden states [B, T, D] of every batch
-TARGETS = ("output", "weight")
+TARGETS = ("output", "stream", "weight")
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,10 @@ class Compensation:
     """How to round with compensation, and on what text. Called by `quantize_folder`, it gives codes.
 
     texts       files, `*.jsonl` with a field "text", or `moby-dick`; `samples` rows of `length` tokens
-    target      "weight": that of the file is rounded; "output": what it regresses to on outputs in high precision
+    target      "weight": that of the file is rounded; "output": what it regresses to on outputs in high precision;
+                "stream": likewise, and the last layer of a block gives what the hidden states behind it lack
     damping     what is added to the diagonal of the inputs' second moments, times its mean
+    regression  likewise where weights are regressed
     order       "activation": columns with the largest inputs first; "index": from left to right
     tokenizer   "bytes" or a folder, where the model's is not beside it
     """
@@ -73,6 +75,7 @@ class Compensation:
     length: int = 256
     target: str = "weight"
     damping: float = DAMPING
+    regression: float = REGRESSION
     order: str = "activation"
     tokenizer: str | None = None
     device: str = "cpu"  # or auto, cuda, cuda:N
@@ -86,8 +89,11 @@ class Compensation:
         for name in ("samples", "length"):
             if getattr(self, name) < 2:
                 raise ConfigError(f"{name} must be at least 2, not {getattr(self, name)}.")
-        if not 0 <= self.damping <= 10:
-            raise ConfigError(f"damping must be from 0 to 10 times the mean of the diagonal, not {self.damping}.")
+        for name in ("damping", "regression"):
+            if not 0 <= getattr(self, name) <= 10:
+                raise ConfigError(
+                    f"{name} must be from 0 to 10 times the mean of the diagonal, not {getattr(self, name)}."
+                )
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -104,9 +110,10 @@ class Compensation:
         walk = Walk(source, layers, options, scales, self, [part.to(self.device) for part in (chosen, held)])
         with torch.no_grad():
             files, errors = walk.through(folder, self.progress)
+        own = {name: getattr(self, name) for name in ("target", "damping", "regression", "order")}
         how = {
-            "texts": list(self.texts), "tokens": chosen.numel(), "held_out_tokens": held.numel(), "target": self.target,
-            "damping": self.damping, "order": self.order, "layers": len(files), "held_out": told_errors(errors),
+            "texts": list(self.texts), "tokens": chosen.numel(), "held_out_tokens": held.numel(), **own,
+            "layers": len(files), "held_out": told_errors(errors),
         }  # fmt: skip
         return Rounded(files, how)
 
@@ -179,7 +186,7 @@ class Walk:
     @property
     def two(self) -> bool:
         """Whether outputs in high precision are asked for."""
-        return self.what.target == "output"
+        return self.what.target != "weight"
 
     def codes_bytes(self) -> int:
         shapes = (self.source.entries[f"{name}.weight"].shape for name in self.names.values())
@@ -210,22 +217,25 @@ class Block:
         self.walk, self.module, self.call = walk, module, call
         inside = {m: name for m, name in walk.names.items() if m.startswith(prefix + ".")}
         self.linear = {name: walk.model.get_submodule(m) for m, name in inside.items()}
-        self.high = {name: layer.weight.data for name, layer in self.linear.items()}
+        self.high: dict[str, Any] = {name: layer.weight.data for name, layer in self.linear.items()}
         self.served: dict[str, Tensor] = {}
+        self.last: str | None = None
 
     def round(self, high: Stream, served: Stream) -> dict[str, Tensor]:
         """Codes of all layers, and their squared errors on held-out rows, beside those of the nearest codes:
         `NAME.weight` and `NAME.errors`, FP64 [nearest, compensated]."""
         out: dict[str, Tensor] = {}
         count = self.walk.chosen
-        for stage in self.stages(high[0]):
+        stages = self.stages(high[0])
+        self.last = self.last_layer(stages[-1], high[0]) if self.walk.what.target == "stream" else None
+        for stage in stages:
             moments = self.moments(stage[0], high[:count], served[:count])
             check = self.moments(stage[0], high[count:], served[count:], regress=False).hessian
             carried = factor(moments.hessian, self.walk.what.damping, self.walk.what.order)
             for name in stage:
                 weight = self.walk.source.read(f"{name}.weight")
                 scale = spread(self.plain(name, weight))
-                wanted = regressed(weight.float(), moments, self.walk.what.damping)
+                wanted = regressed(weight.float(), moments, self.walk.what.regression)
                 codes = sweep(wanted.to(self.walk.what.device), scale.to(self.walk.what.device), carried).cpu()
                 out[f"{name}.weight"] = codes
                 both = (
@@ -262,16 +272,41 @@ class Block:
 
     def moments(self, name: str, high: Stream, served: Stream, regress: bool = True) -> Moments:
         """Of what enters a layer, over all batches."""
-        hessian = drift = None
+        hessian = lost = None
         for a, b in zip(high, served, strict=True):
             x = rounded_input(self.entering(name, b, served=True), self.walk.scheme, self.input_scale(name))
-            square = (x.t() @ x).double()
-            hessian = square if hessian is None else hessian + square
+            hessian = added(hessian, x.t() @ x)
             if regress and self.walk.two:
-                lost = ((self.entering(name, a, served=False) - x).t() @ x).double()
-                drift = lost if drift is None else drift + lost
+                lost = added(lost, self.lacks(name, a, b, x).t() @ x)
         assert hessian is not None
-        return Moments(hessian.cpu(), None if drift is None else drift.cpu())
+        found = None if lost is None else lost.cpu()
+        return Moments(hessian.cpu(), **{"lack" if name == self.last else "drift": found})
+
+    def lacks(self, name: str, high: Tensor, served: Tensor, x: Tensor) -> Tensor:
+        """What a layer's inputs x lack, of the last layer: the hidden states behind the block; FP32 [B * T, ...]."""
+        if name != self.last:
+            return self.entering(name, high, served=False) - x
+        self.served[name] = self.high[name]  # so that its input is rounded, and its weight not yet
+        behind = [self.run([part], served=kind)[0].float() for part, kind in ((high, False), (served, True))]
+        return (behind[0] - behind[1]).flatten(0, -2)
+
+    def last_layer(self, stage: list[str], hidden: Tensor) -> str | None:
+        """The layer whose outputs are added to the hidden states as they leave the block, if there is one."""
+        layer: Any = self.linear[stage[0]]
+        if len(stage) > 1 or layer.weight.shape[0] != hidden.shape[-1]:
+            return None
+        gave: list[Tensor] = []
+
+        def double(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+            gave.append(out)
+            return 2 * out
+
+        before = self.call(self.module, hidden)
+        handle = layer.register_forward_hook(double)
+        moved = self.call(self.module, hidden) - before
+        handle.remove()
+        near = moved.shape == gave[0].shape and float((moved - gave[0]).norm()) < 0.1 * float(gave[0].norm())
+        return stage[0] if near else None
 
     def input_scale(self, name: str) -> float | None:
         return self.walk.scales.inputs.get(name)
@@ -320,6 +355,10 @@ class Block:
             return rounded_input(x.reshape(-1, x.shape[-1]), self.walk.scheme, scale).view(x.shape).to(x.dtype)
 
         return hook
+
+
+def added(total: Tensor | None, more: Tensor) -> Tensor:
+    return more.double() if total is None else total + more.double()
 
 
 def rounded_input(x: Tensor, scheme: Scheme, scale: float | None) -> Tensor:

@@ -58,6 +58,7 @@ class ShortQat:
     lr          the largest learning rate
     distill     learn from the unrounded model, else from the text
     kv          "head", "token" or None, as for `prepare_qat`
+    rounding    False: nothing is rounded and only OUT/high written: the control, which says what training alone does
     tokenizer   "bytes" or a folder, where the model's is not beside it
     """
 
@@ -72,6 +73,7 @@ class ShortQat:
     tokenizer: str | None = None
     device: str = "auto"
     save_every: int = field(default=50, compare=False)
+    rounding: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", str(device_of(self.device)))
@@ -163,9 +165,9 @@ class Run:
         self.teacher = self._teacher() if how.distill else None
         if not partial.resumed:
             self.perplexity["model"] = perplexity(self.model, self.held)
-        prepare_qat(
-            self.model, options.scheme, options.skip, how.kv, head=options.head, scale_rounding=options.scales
-        )  # fmt: skip
+        if how.rounding:
+            layers = (options.scheme, options.skip, how.kv)
+            prepare_qat(self.model, *layers, head=options.head, scale_rounding=options.scales)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=how.lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.order = order(len(self.rows), how.steps * how.batch, how.seed)
         if (partial.folder / STATE).is_file():
@@ -249,7 +251,7 @@ class Run:
             if not (high / relative).exists():
                 (high / relative).parent.mkdir(parents=True, exist_ok=True)
                 (high / relative).write_bytes((self.source.folder / relative).read_bytes())
-        if not (self.partial.folder / "fp8").exists():
+        if self.how.rounding and not (self.partial.folder / "fp8").exists():
             quantize_folder(high, self.partial.folder / "fp8", self.options, ScalesOfTraining(scales))
         record = {"settings": asdict(self.how), "options": asdict(self.options)}
         write_json(self.partial.folder / "qat.json", record | {"losses": self.losses, "perplexity": self.perplexity})

@@ -68,7 +68,8 @@ class Scheme:
     """How layers are stored and served: `block` None is per channel; `group` 0 is one activation scale a token.
 
     `per_tensor`: the weight has one scale. `inputs`: activation scales are "dynamic", "static" (one, calibrated), or
-    there are "none": the weight is decoded and multiplied in high precision.
+    there are "none": the weight is decoded and multiplied in high precision. `searched`: weights have not the scales of
+    `scale_rounding`, but those that err least; a file that is read does not say.
     """
 
     block: tuple[int, int] | None
@@ -77,6 +78,7 @@ class Scheme:
     accumulate: str
     per_tensor: bool = False
     inputs: str = "dynamic"
+    searched: bool = False
 
     @staticmethod
     def of(recipe: Recipe, tile: Tile, parts: Sequence[Shard]) -> Scheme:

@@ -28,6 +28,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError, suggest
 from ..quantize import INPUTS, Quantized
 from ..quantize import quantize as quantize_tensor
+from ..tile import Tile
 from .compressed_tensors import E4M3, Scheme, check_values, own_config, quantization_config
 from .decisions import (
     Calibrate,
@@ -45,6 +46,7 @@ from .decisions import (
 )  # fmt: skip
 from .layers import Layers, choose_layers, fused_group, refuse_shapes, skeleton
 from .partial import Progress, Task, making, promised
+from .scale_search import searched_scales
 from .source import Source
 
 SLAB = 1 << 24  # elements that are quantized at once
@@ -62,7 +64,8 @@ SCHEMES = {
 class Options:
     """What decides the bytes. `dtype` of what stays: "auto" (FP32 becomes BF16, all else is kept) or a type's name.
 
-    `scales`: "power_of_two" (the contract's default) or "none" (amax / 448), for weights and for served activations.
+    `scales`: "power_of_two" (the contract's default) or "none" (amax / 448), for weights and for served activations;
+    "search": of weights, whichever errs least (`scale_search.py`), where each channel has its own.
     """
 
     scheme: str = "dynamic"
@@ -74,15 +77,25 @@ class Options:
     def __post_init__(self) -> None:
         for value, known, what in (
             (self.scheme, SCHEMES, "scheme"),
-            (self.scales, ("power_of_two", "none"), "scales"),
+            (self.scales, ("power_of_two", "none", "search"), "scales"),
             (self.dtype, ("auto", *DTYPES), "dtype"),
         ):
             if value not in known:
                 raise ConfigError(f"{what} cannot be {value!r}. {suggest(value, known)}")
+        if self.scales == "search" and SCHEMES[self.scheme].tile != Tile(1, 0):
+            raise ConfigError(
+                f"scales='search' looks for the best scale of each channel, and scheme {self.scheme!r} has none of its "
+                "own for a channel: use dynamic or weight-only."
+            )
 
     @property
     def layout(self) -> Scheme:
-        return replace(SCHEMES[self.scheme], scale_rounding=self.scales)
+        return with_scales(SCHEMES[self.scheme], self.scales)
+
+
+def with_scales(scheme: Scheme, scales: str) -> Scheme:
+    """A scheme with the scales that `Options` name so."""
+    return replace(scheme, scale_rounding="none" if scales == "none" else "power_of_two", searched=scales == "search")
 
 
 @dataclass(frozen=True)
@@ -117,12 +130,14 @@ def quantize_folder(
     remedy: Remedy | None = None,
     choose: Choose | None = None,
     compensate: Compensate | None = None,
+    device: str = "cpu",
 ) -> Written:
     """Write the FP8 checkpoint of a Hugging Face folder.
 
     calibrate, remedy, choose,    what is found out before (`decisions.py`), once: an interruption does not lose it
     compensate
     progress                      is called with the bytes written and those to write
+    device                        where weights are rounded; it changes no byte
 
     OUT appears when it is complete; after an interruption the same call goes on. The same input gives the same bytes.
     Raises `CheckpointError` for a source that is damaged, quantized already, or not finite; for an OUT that exists; for
@@ -149,7 +164,7 @@ def quantize_folder(
             partial, model.files, lambda made: made(model, layers, options, scales, partial.working), compensate
         )
         found = Decisions(scales, choice, partial.notes.get("remedy", {}).get("told", {}), rounded)
-        files = tasks(model, layers, options, scales, rounded)
+        files = tasks(model, layers, options, scales, rounded, device)
         partial.write(files, progress)
         partial.finish(config(model, layers, options, found), files, model, beside)
     size = sum(task.nbytes for made in files.values() for task in made)
@@ -199,14 +214,16 @@ def facts(source: Source, options: Options, asked: Mapping[str, Any]) -> dict[st
 # --------------------------------------------------------------------------- tensors
 
 
-def tasks(source: Source, layers: Layers, options: Options, scales: Scales, rounded: Rounded) -> dict[str, list[Task]]:
+def tasks(
+    source: Source, layers: Layers, options: Options, scales: Scales, rounded: Rounded, device: str = "cpu"
+) -> dict[str, list[Task]]:
     """What every file of OUT holds: that of the source, layer by layer, and the scales beside their layers."""
     files: dict[str, list[Task]] = {file: [] for file in source.files}
     fp8, tensor_scales = set(layers.fp8), TensorScales(source, layers, options)
     for name, entry in sorted(source.entries.items()):
         layer = name.removesuffix(".weight")
         if layer in fp8 and name.endswith(".weight"):
-            files[entry.file].append(layer_task(source, layer, options, scales, tensor_scales, rounded))
+            files[entry.file].append(layer_task(source, layer, options, scales, tensor_scales, rounded, device))
         else:
             dtype = kept_dtype(entry.dtype, options.dtype)
             files[entry.file].append(Task({name: promised(dtype, *entry.shape)}, partial(kept, source, name, dtype)))
@@ -216,8 +233,9 @@ def tasks(source: Source, layers: Layers, options: Options, scales: Scales, roun
 
 
 def layer_task(
-    source: Source, layer: str, options: Options, scales: Scales, tensor_scales: TensorScales, rounded: Rounded
-) -> Task:
+    source: Source, layer: str, options: Options, scales: Scales, tensor_scales: TensorScales, rounded: Rounded,
+    device: str,
+) -> Task:  # fmt: skip
     scheme, shape = options.layout, source.entries[f"{layer}.weight"].shape
     outputs = {
         f"{layer}.weight": promised(torch.float8_e4m3fn, *shape),
@@ -227,7 +245,7 @@ def layer_task(
         outputs[f"{layer}.input_scale"] = promised(torch.float32, 1)
 
     def make() -> dict[str, Tensor]:
-        made = quantized_layer(source, layer, options, tensor_scales, rounded.codes(layer))
+        made = quantized_layer(source, layer, options, tensor_scales, rounded.codes(layer), device)
         return (
             made if scheme.inputs != "static" else made | {f"{layer}.input_scale": torch.tensor([scales.inputs[layer]])}
         )
@@ -236,16 +254,17 @@ def layer_task(
 
 
 def quantized_layer(
-    source: Source, layer: str, options: Options, tensor_scales: TensorScales, codes: Tensor | None = None
-) -> dict[str, Tensor]:
+    source: Source, layer: str, options: Options, tensor_scales: TensorScales, codes: Tensor | None = None,
+    device: str = "cpu",
+) -> dict[str, Tensor]:  # fmt: skip
     """`weight` and `weight_scale` of a layer under their names in the file. `codes`: these, and not the nearest."""
     scheme = options.layout
     scale = tensor_scales.of(layer) if scheme.per_tensor else None
-    q = quantize_weight(source.read(f"{layer}.weight"), scheme, scale)
+    q = quantize_weight(source.read(f"{layer}.weight").to(device), scheme, scale)
     check_values(layer, q.codes, q.scale)
     return {
-        f"{layer}.weight": q.codes if codes is None else codes,
-        f"{layer}.weight_scale": q.scale.reshape(scheme.scale_shape(*q.codes.shape)),
+        f"{layer}.weight": q.codes.cpu() if codes is None else codes,
+        f"{layer}.weight_scale": q.scale.reshape(scheme.scale_shape(*q.codes.shape)).cpu(),
     }
 
 
@@ -254,8 +273,14 @@ def quantize_weight(weight: Tensor, scheme: Scheme, scale: Tensor | None = None)
     tile = scheme.tile
     if scheme.per_tensor and scale is None:
         scale = scale_of(largest(weight), scheme.scale_rounding)
+    scale = None if scale is None else scale.to(weight.device)
     rows = max(SLAB // max(weight.shape[1], 1) // 128, 1) * 128
-    parts = [quantize_tensor(slab, "e4m3", tile, scheme.scale_rounding, scale=scale) for slab in weight.split(rows)]
+    parts = [
+        quantize_tensor(
+            slab, "e4m3", tile, scheme.scale_rounding, scale=searched_scales(slab) if scheme.searched else scale
+        )
+        for slab in weight.split(rows)
+    ]
     codes = torch.cat([part.codes.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
     return Quantized(codes, parts[0].scale if scheme.per_tensor else torch.cat([p.scale for p in parts]), tile, E4M3)
 

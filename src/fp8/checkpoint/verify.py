@@ -36,14 +36,13 @@ from torch import Tensor, nn
 from ..errors import Fp8Error
 from ..models.llama import Decoder
 from ..quantize import Quantized
-from .compressed_tensors import Scheme
 from .decisions import code_digest
 from .export import encode
 from .fp8_folder import Fp8Folder
 from .frozen import Layer, assembled, by_rows, frozen_model, outputs
 from .layers import Layers, linear_layers, need_transformers
 from .load import build, groups_of, load
-from .quantize import Options, TensorScales, kept_dtype, quantize_weight
+from .quantize import Options, TensorScales, kept_dtype, quantize_weight, with_scales
 from .source import Source
 
 
@@ -146,7 +145,7 @@ class Again:
         scheme = self.folder.layers[name]
         tensor = self.source.read(f"{name}.weight")
         return quantize_weight(
-            tensor, _rounded(scheme, self.options), self.scales.of(name) if scheme.per_tensor else None
+            tensor, with_scales(scheme, self.options.scales), self.scales.of(name) if scheme.per_tensor else None
         )
 
     def evaluated(self, name: str) -> Quantized:
@@ -170,10 +169,6 @@ class Again:
         for name, scheme in self.folder.layers.items():
             layers[name] = (by_rows(self.evaluated(name)), scheme, self.folder.input_scale(name))
         return assembled(self.source, layers, self.rest(), self.folder.source.dtype)
-
-
-def _rounded(scheme: Scheme, options: Options) -> Scheme:
-    return Scheme(scheme.block, scheme.group, options.scales, scheme.accumulate, scheme.per_tensor, scheme.inputs)
 
 
 def same_codes(folder: Fp8Folder, again: Again) -> Check:

@@ -41,7 +41,10 @@ def command(
         typer.Option(help="Also the base as: dynamic, block, weight-only, int8, a preset or a recipe's .json."),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Also the base in INT8 W8A8.")] = False,
-    kv_cache: Annotated[str | None, typer.Option(help="KV cache of all but the base: fp8, e5m2, bf16.")] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(help="KV cache of all but the base: fp8, e5m2, bf16, stored or scale-1; else as the file says."),
+    ] = None,
     window: Annotated[int, typer.Option(help="Tokens that a window reads.")] = 1024,
     stride: Annotated[int | None, typer.Option(help="Tokens between two windows; else half a window.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N windows, and N items of each task.")] = None,
@@ -76,6 +79,9 @@ def command(
     [cyan]fp8 eval smollm2-fp8 --against smollm2 --tasks lambada,mmlu --data evals --json > out.json[/]  as data too
 
     [cyan]fp8 eval smollm2 --kv-cache fp8 --tasks mine.jsonl[/]  the cache alone, on a task of your own
+
+    KV caches: fp8 and e5m2 measure a scale a token and head; stored goes by the scales in the file, which is what a
+    checkpoint that has some is judged by; scale-1 goes without, as servers do where a file has none.
     """
     if named := next((path for path in models if path.suffix == ".json"), None):
         raise ConfigError(f"{named} is no model; --json is a flag: fp8 eval ... --json > {named}.")

@@ -36,9 +36,11 @@ from ..models.huggingface import from_config
 from ..train.loop import device_of
 from ..train.tokenizer import Tokenizer, tokenizer_of
 from .schemes import apply_scheme, recipe_of
+from .stored_kv import FIXED, STORED, has_scales, round_fixed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ENGINES = ("auto", "fp8", "transformers")
+KV_CACHES = (*FIXED, *CACHE_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class ModelSpec:
 
     folder      a Hugging Face folder, or a checkpoint of ours
     scheme      what to make of it before it runs (`schemes.py`)
-    kv_cache    None: keys and values in the type of the model; "fp8" (E4M3), "e5m2", "bf16", "fp32"
+    kv_cache    "stored", the scales of the checkpoint; "scale-1", none; "fp8" (E4M3), "e5m2", a scale a token and head;
+                "bf16", "fp32"; None: "stored" where the folder has scales, else in the type of the model
     dtype       "auto", "fp32", "bf16" or "fp16": the type of all that is not quantized
     engine      "auto", "fp8" or "transformers"
     tokenizer   "bytes" or a tokenizer.json; None: the folder's own
@@ -62,7 +65,7 @@ class ModelSpec:
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("dtype", ("auto", *DTYPES)), ("engine", ENGINES), ("kv_cache", (None, *CACHE_DTYPES))):
+        for name, known in (("dtype", ("auto", *DTYPES)), ("engine", ENGINES), ("kv_cache", (None, *KV_CACHES))):
             if getattr(self, name) not in known:
                 words = [word for word in known if word]
                 raise ConfigError(f"{name} cannot be {getattr(self, name)!r}. {suggest(getattr(self, name), words)}")
@@ -82,7 +85,8 @@ class ModelSpec:
         device = device_of(self.device)
         dtype = self.dtype if self.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
         engine = self.engine if self.engine != "auto" else engine_for(self.folder)
-        return replace(self, device=str(device), dtype=dtype, engine="transformers" if encoder else engine)
+        kv = STORED if self.kv_cache is None and not encoder and has_scales(self.folder) else self.kv_cache
+        return replace(self, device=str(device), dtype=dtype, engine="transformers" if encoder else engine, kv_cache=kv)
 
     def fingerprint(self) -> str:
         """Changes when the model could: settings, config.json, the scheme's recipe, weight files' sizes and times."""
@@ -140,11 +144,13 @@ class OwnDecoder:
         if frozen and spec.scheme != "none":
             raise ConfigError(f"{spec.folder} is quantized already: scheme {spec.scheme!r} is for a plain model.")
         self.model: Decoder = model.to(DTYPES[spec.dtype])
-        self.about = as_stored(Fp8Folder.open(spec.folder), frozen) if frozen else apply_scheme(model, spec.scheme)
+        self.about = as_stored(spec, frozen) if frozen else apply_scheme(model, spec.scheme)
+        if spec.kv_cache in FIXED:
+            round_fixed(model, spec.folder, spec.kv_cache)
         self.words = tokenizer_for(spec)
         self.vocab_size, self.max_positions = model.config.vocab_size, model.config.max_positions
         self.ends = end_of_text(spec.folder) or tuple(filter(None, [self.words.end_of_text]))
-        self.device, self.kv_cache = torch.device(spec.device), spec.kv_cache
+        self.device, self.kv_cache = torch.device(spec.device), measured_cache(spec)
         self.plain_cache = "fp32" if spec.dtype == "fp32" else "bf16"
 
     @torch.no_grad()
@@ -160,10 +166,16 @@ class OwnDecoder:
         return (token for token in given if token not in self.ends)
 
 
-def as_stored(folder: Fp8Folder, layers: int) -> str:
+def measured_cache(spec: ModelSpec) -> str | None:
+    """The cache that rounds when it stores; None where there is none, or the attention module rounds before it."""
+    return None if spec.kv_cache in FIXED else spec.kv_cache
+
+
+def as_stored(spec: ModelSpec, layers: int) -> str:
     """What is judged of an FP8 checkpoint, in one line, and what is not."""
-    unread = f"; its {len(folder.kv)} scales of the KV cache are not used" if folder.kv else ""
-    return f"{layers} layers of codes as stored{unread}"
+    scales, used = len(Fp8Folder.open(spec.folder).kv), "used" if spec.kv_cache == STORED else "not used"
+    cache = f"; its {scales} scales of the KV cache are {used}" if scales else ""
+    return f"{layers} layers of codes as stored{cache}"
 
 
 def open_causal(spec: ModelSpec) -> Causal:

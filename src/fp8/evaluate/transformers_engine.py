@@ -25,7 +25,8 @@ from ..errors import CheckpointError, ConfigError
 from ..nn.frozen_linear import FrozenLinear
 from ..quantize import quantize
 from .schemes import apply_scheme
-from .subject import DTYPES, ModelSpec, as_stored, tokenizer_for
+from .stored_kv import FIXED, round_fixed
+from .subject import DTYPES, ModelSpec, as_stored, measured_cache, tokenizer_for
 
 LONGEST = 1 << 20  # where a model names no limit
 
@@ -61,7 +62,7 @@ def pretrained(kind: Any, spec: ModelSpec) -> tuple[Any, str]:
     model = frozen_model(folder, DTYPES[spec.dtype]).to(spec.device)
     codes = sum(isinstance(module, FrozenLinear) for module in model.modules())
     decoded = len(folder.layers) - codes  # experts, which transformers keeps as one tensor
-    return model, as_stored(folder, codes) + (f"; {decoded} decoded" if decoded else "")
+    return model, as_stored(spec, codes) + (f"; {decoded} decoded" if decoded else "")
 
 
 class TransformersModel:
@@ -70,12 +71,14 @@ class TransformersModel:
     def __init__(self, spec: ModelSpec) -> None:
         self.words = tokenizer_for(spec)
         self.model, self.about = pretrained(transformers().AutoModelForCausalLM, spec)
+        if spec.kv_cache in FIXED:
+            round_fixed(self.model, spec.folder, spec.kv_cache)
         config = self.model.config
         self.vocab_size = config.vocab_size
         self.max_positions = getattr(config, "max_position_embeddings", None) or LONGEST
         end = self.model.generation_config.eos_token_id if self.model.generation_config else config.eos_token_id
         self.ends = () if end is None else (end,) if isinstance(end, int) else tuple(end)
-        self.device, self.kv_cache = torch.device(spec.device), spec.kv_cache
+        self.device, self.kv_cache = torch.device(spec.device), measured_cache(spec)
 
     def cache(self) -> Any:
         return new_cache(self.kv_cache)
