@@ -122,8 +122,8 @@ class EngineOptions:
     max_step_tokens   new tokens in one step: a longer prompt enters in chunks, so that others are not kept waiting
     prefix_caching    prompts that begin alike share their pages
     graphs            on a GPU, a decode step is one CUDA graph
-    deterministic     every product has one shape, whatever the company: a GPU's results then depend on nothing else.
-                      On a CPU that is always so
+    deterministic     every step has max_running rows, filled up: products of one shape, so that on a GPU no result depends
+                      on the company. On a CPU that is so without it
     max_model_len     most tokens of prompt and answer; None: the model's
     """
 
@@ -144,11 +144,6 @@ class EngineOptions:
                 raise ConfigError(f"{name}={value!r} must be a whole number above 0.")
         if not _number(self.memory_fraction) or not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction={self.memory_fraction!r} must be above 0 and at most 1.")
-        if self.max_step_tokens < self.max_running:
-            raise ConfigError(
-                f"max_step_tokens={self.max_step_tokens} must be at least max_running={self.max_running}: "
-                "each running sequence gets a token a step."
-            )
 
 
 def _whole(value: Any) -> bool:
