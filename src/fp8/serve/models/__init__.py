@@ -3,6 +3,7 @@
     layers.py    the calls that a layer makes, each one a fusion
     weights.py   a checkpoint's tensors, as layers ask for them
     served.py    embedding, blocks, head
+    experts.py   a routed SwiGLU
     llama.py, qwen2.py, qwen3.py, mixtral.py, qwen3_moe.py     one architecture each
 
 A new architecture is a file with its block, a row in `BLOCKS`, and a row in `models/architecture.py`.
@@ -24,8 +25,10 @@ from ...models.architecture import Architecture
 from ...models.huggingface import to_config, to_huggingface
 from ...models.llama import Decoder
 from .llama import LlamaBlock
+from .mixtral import MixtralBlock
 from .qwen2 import Qwen2Block
 from .qwen3 import Qwen3Block
+from .qwen3_moe import Qwen3MoeBlock
 from .served import Block, ServedModel
 from .weights import InMemory, Tensors, Weights
 
@@ -36,6 +39,8 @@ BLOCKS: dict[str, type[LlamaBlock]] = {
     "mistral": LlamaBlock,
     "qwen2": Qwen2Block,
     "qwen3": Qwen3Block,
+    "mixtral": MixtralBlock,
+    "qwen3_moe": Qwen3MoeBlock,
 }
 QUANTIZATIONS = {None: None, "fp8": "dynamic"}
 
