@@ -1,0 +1,174 @@
+"""The tensors of a checkpoint, as the layers of a served model ask for them: `Weights`.
+
+A model names the parts of a matrix (q, k and v; gate and up), and gets them as one: `FrozenLinear` where the file holds
+FP8 codes (the codes and scales of the file, in bytes), `Linear` in BF16 elsewhere. With `scheme`, matrices in high
+precision are quantized as they are read, to the codes that `fp8 quantize` writes; head and routers stay, as there.
+
+Tensors are read one at a time and moved at once, so that loading takes the memory of the model and of one matrix. Every
+tensor is counted: one that no part of the model asked for means that the model computes something else than the file
+was made for, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...checkpoint.compressed_tensors import Groups, Scheme, joined
+from ...checkpoint.fp8_folder import OTHER_PARTS
+from ...checkpoint.load import checked_input, checked_scale, common_scheme
+from ...checkpoint.quantize import quantize_weight
+from ...errors import CheckpointError
+from ...models.huggingface import IGNORED
+from ...nn.frozen_linear import FrozenLinear
+from ...quantize import Quantized
+from .layers import Linear, Matrix, Norm
+
+
+class Tensors(Protocol):
+    """Tensors by their Hugging Face names: a `checkpoint.Source`, or `InMemory`."""
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def entries(self) -> Mapping[str, Any]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A checkpoint that was never a file."""
+
+    config: Mapping[str, Any]
+    entries: Mapping[str, Tensor]
+
+    def read(self, name: str) -> Tensor:
+        return self.entries[name]
+
+
+class Weights:
+    """Reads a checkpoint part by part."""
+
+    def __init__(
+        self,
+        tensors: Tensors,
+        groups: Groups | None,
+        scheme: Scheme | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """`groups`: the schemes that the file has; `scheme`: how to quantize what it holds in high precision."""
+        self.tensors, self.groups, self.scheme, self.device = tensors, groups, scheme, device
+        self.used: set[str] = set()
+
+    # ----------------------------------------------------------------------- parts of a model
+
+    def norm(self, name: str, width: int, eps: float) -> Norm:
+        """An RMS norm over `width` channels."""
+        return Norm(self.high(f"{name}.weight", (width,)), eps)
+
+    def linear(self, names: Sequence[str], shape: tuple[int, int], *, bias: bool = False, keep: bool = False) -> Matrix:
+        """The matrix `[N, K]` whose rows the named layers hold, in order; `keep`: it is never quantized here."""
+        biases = [self.high(f"{name}.bias") for name in names] if bias else None
+        added = None if biases is None else torch.cat(biases)
+        scheme = None if self.groups is None else common_scheme(names, self.groups)
+        if scheme is not None:
+            weight, inputs = self._stored(names, scheme), self._input_scale(names, scheme)
+        elif self.scheme is not None and not keep:
+            scheme, inputs = self.scheme, None
+            weight = self._quantized(names, scheme)
+        else:
+            weight = torch.cat([self.high(f"{name}.weight") for name in names])
+            self._check(names, tuple(weight.shape), shape)
+            return Linear(weight, added)
+        self._check(names, tuple(weight.shape), shape)
+        return FrozenLinear(
+            weight, scheme.recipe(weight.tile), added, names[0], input_scale=inputs, weight_only=scheme.inputs == "none"
+        )
+
+    def high(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A tensor that is not FP8, in BF16."""
+        tensor = self.take(name)
+        if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+            raise CheckpointError(
+                f"{name} is {str(tensor.dtype)[6:]}, and config.json gives that layer no scheme: it was quantized by "
+                "other means, or its quantization_config is not its own."
+            )
+        if shape is not None:
+            self._check([name.removesuffix(".weight")], tuple(tensor.shape), shape)
+        return tensor.to(device=self.device, dtype=torch.bfloat16)
+
+    def has(self, name: str) -> bool:
+        """Whether the file holds a tensor."""
+        return name in self.tensors.entries
+
+    # ----------------------------------------------------------------------- tensors
+
+    def take(self, name: str) -> Tensor:
+        """One tensor as it is stored. Raises `CheckpointError` where it is missing."""
+        if not self.has(name):
+            raise CheckpointError(f"the checkpoint has no tensor {name!r}, which its config.json calls for.")
+        self.used.add(name)
+        return self.tensors.read(name)
+
+    def _stored(self, names: Sequence[str], scheme: Scheme) -> Quantized:
+        """The codes and scales of the file, checked."""
+        assert self.groups is not None
+        codes, scales = [], []
+        for name in names:
+            weight, scale = self.take(f"{name}.weight"), self.take(f"{name}.{self.groups.scale_name}")
+            scales.append(checked_scale(name, weight, scale, scheme).to(self.device))
+            codes.append(weight.to(self.device))
+        return joined(codes, scales, scheme)
+
+    def _input_scale(self, names: Sequence[str], scheme: Scheme) -> Tensor | None:
+        """The calibrated scale of the input, [1, 1]; where parts have several, the largest, as in vLLM."""
+        if scheme.inputs != "static":
+            return None
+        assert self.groups is not None
+        kind = self.groups.input_name
+        found = [checked_input(name, self.take(f"{name}.{kind}"), self.groups) for name in names]
+        return torch.stack(found).amax(0).to(self.device)
+
+    def _quantized(self, names: Sequence[str], scheme: Scheme) -> Quantized:
+        """Codes made here, of the weights as the file stores them."""
+        parts = [quantize_weight(self.take(f"{name}.weight").to(self.device), scheme) for name in names]
+        return joined([part.codes for part in parts], [part.scale for part in parts], scheme)
+
+    def _check(self, names: Sequence[str], have: tuple[int, ...], need: tuple[int, ...]) -> None:
+        if have != need:
+            raise CheckpointError(f"{' + '.join(names)} has shape {list(have)}; config.json calls for {list(need)}.")
+
+    # ----------------------------------------------------------------------- the cache's scales
+
+    def kv_scales(self, attention: Sequence[str], heads: int) -> Tensor | None:
+        """The static scales of keys and values, FP32 [layers, 2, KV], of the named attention modules; None where the
+        file has none."""
+        if self.groups is None or self.groups.kv is None:
+            return None
+        kinds = ("k_scale", "v_scale")
+        rows = [self._kv_scale(f"{name}.{kind}", heads) for name in attention for kind in kinds]
+        return torch.stack(rows).view(len(attention), 2, heads)
+
+    def _kv_scale(self, name: str, heads: int) -> Tensor:
+        scale = self.take(name).float().flatten()
+        if scale.numel() not in (1, heads) or not bool((scale.isfinite() & (scale > 0)).all()):
+            raise CheckpointError(
+                f"{name} is {scale[:3].tolist()} ({scale.numel()} numbers); it is one, or one each of {heads} heads, "
+                "finite and positive."
+            )
+        return scale.expand(heads)
+
+    def refuse_leftovers(self) -> None:
+        """Refuse a file with tensors that no part of the model asked for."""
+        passed = (*IGNORED, *OTHER_PARTS)
+        left = sorted(n for n in self.tensors.entries if n not in self.used and not n.endswith(passed))
+        if left:
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            kind = self.tensors.config.get("model_type")
+            raise CheckpointError(f"tensors that belong to no part of a {kind} decoder: {', '.join(left[:3])}{more}.")
