@@ -100,9 +100,9 @@ class Scheduler:
             sequence.published = max(sequence.published, full)
 
     def conceal(self, sequence: Sequence) -> None:
-        """Let nobody find its own pages: what they hold is not to be trusted."""
-        for page in sequence.pages:
-            if self.pool.references[page] == 1:
+        """Let nobody find its pages, unless somebody shares them: what they hold is not to be trusted."""
+        for page in self.pool.find(sequence.names):
+            if self.pool.references[page] <= 1:
                 self.pool.forget(page)
 
     def pages_for(self, tokens: int) -> int:
