@@ -50,7 +50,7 @@ def requests(draw: Any) -> tuple[int, list[int], SamplingParams, int | None]:
 
 @settings(max_examples=60)
 @given(
-    st.lists(requests(), min_size=1, max_size=9),
+    traffic=st.lists(requests(), min_size=1, max_size=9),
     pages=st.integers(11, 30),
     max_running=st.integers(1, 6),
     budget=st.sampled_from([1, 3, 8, 64]),

@@ -167,7 +167,7 @@ def drawn(logits: Tensor, top: Tensor, sent: dict[str, Tensor], keep: bool) -> T
 
 def nucleus(scaled: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """Which tokens top_k and top_p keep, bool [R, V]; among equals the lower number comes first."""
-    order = scaled.sort(-1, descending=True, stable=True).indices
+    order = scaled.sort(dim=-1, descending=True, stable=True).indices
     ranked = weights.gather(1, order)
     first = torch.arange(scaled.shape[1], device=scaled.device) < top_k.unsqueeze(1)
     ranked = torch.where(first, ranked, 0)
@@ -181,5 +181,5 @@ def tell(logits: Tensor, tokens: Tensor, most: int) -> Told:
     """Log-probabilities of the tokens [R] under logits [R, V], and of the `most` likeliest."""
     logprobs = logits.log_softmax(-1)
     chosen = logprobs.gather(1, tokens.clamp(min=0).unsqueeze(1))
-    top, ids = (part[:, :most] for part in logprobs.sort(-1, descending=True, stable=True))
+    top, ids = (part[:, :most] for part in logprobs.sort(dim=-1, descending=True, stable=True))
     return Told(chosen.squeeze(1), (logprobs > chosen).sum(-1) + 1, top, ids)
