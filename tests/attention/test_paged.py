@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from paged_batches import Sequence, batch_of, bits
 
 from fp8.attention import LayerCache
 from fp8.attention.paged import PagedCache, attend, reference, rope_write
 from fp8.errors import ConfigError, ShapeError, TensorError
 from fp8.fused.norm.reference import rstd_of, values
 from fp8.fused.rope.reference import rotate, tables
+from paged_batches import Sequence, batch_of, bits
 
 H, KV, D = 4, 2, 16
 HERE = torch.device("cpu")
@@ -190,7 +190,9 @@ def test_where_a_row_stands_in_its_block_does_not_matter(keys, group, width):
     k = torch.randn(keys, width, reference.PARTITION)
     order = torch.randperm(q.shape[1])
     assert torch.equal(torch.bmm(q[:, order], k), torch.bmm(q, k)[:, order])
-    assert torch.equal(torch.bmm(torch.bmm(q[:, order], k), k.mT.contiguous()), torch.bmm(torch.bmm(q, k), k.mT)[:, order])
+    assert torch.equal(
+        torch.bmm(torch.bmm(q[:, order], k), k.mT.contiguous()), torch.bmm(torch.bmm(q, k), k.mT)[:, order]
+    )
 
 
 def test_bytes_are_counted():
