@@ -181,20 +181,6 @@ def test_a_row_does_not_depend_on_company_chunks_or_pages(company, dtype):
             assert torch.equal(bits(torch.cat(parts)), bits(whole))
 
 
-@pytest.mark.parametrize("keys", [1, 2, 3, 8])
-@pytest.mark.parametrize(("group", "width"), [(1, 64), (3, 64), (4, 128), (8, 12), (7, 80)])
-def test_where_a_row_stands_in_its_block_does_not_matter(keys, group, width):
-    """What the law leaves to the library: torch's batched FP32 product of one shape, whose rows change places."""
-    torch.manual_seed(0)
-    q = torch.randn(keys, group * reference.BLOCK, width)
-    k = torch.randn(keys, width, reference.PARTITION)
-    order = torch.randperm(q.shape[1])
-    assert torch.equal(torch.bmm(q[:, order], k), torch.bmm(q, k)[:, order])
-    assert torch.equal(
-        torch.bmm(torch.bmm(q[:, order], k), k.mT.contiguous()), torch.bmm(torch.bmm(q, k), k.mT)[:, order]
-    )
-
-
 def test_bytes_are_counted():
     for dtype, static, one in (("fp8", False, 20), ("e5m2", True, 16), ("bf16", False, 32)):
         scales = torch.ones(3, 2, KV) if static else None
