@@ -68,6 +68,7 @@ def test_codes_and_scales_are_those_of_the_contiguous_cache(dtype, page_size):
     ):
         assert torch.equal(bits(laid_out(codes, pages, 70)), bits(store.codes[0, :, :70]))
         if scale is not None:
+            assert store.scale is not None
             assert torch.equal(laid_out(scale, pages, 70), store.scale[0, :, :70])
 
 

@@ -161,6 +161,20 @@ def test_the_scales_of_the_cache_are_those_of_the_file(quantized, tmp_path):
     assert torch.equal(load_model(folder).kv_scales, torch.full((2, 2, 2), 0.5))
 
 
+def test_a_head_in_fp8_is_served_as_such(folders, tmp_path):
+    quantize_folder(folders("llama"), tmp_path / "out", Options(head=True))
+    model = load_model(tmp_path / "out")
+    assert isinstance(model.head, FrozenLinear)
+    assert torch.equal(bits(model.head.codes), bits(tensors(tmp_path / "out")["lm_head.weight"]))
+    assert error(alone(model, TEXT), alone(load_model(folders("llama"), quantization="fp8"), TEXT)) < 0.05
+
+
+def test_shards_of_a_model_are_read_alike(folders, tmp_path):
+    sharded = tiny_models.build(tmp_path / "sharded", "qwen2", shards="200KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    assert torch.equal(alone(load_model(sharded), TEXT), alone(load_model(folders("qwen2")), TEXT))
+
+
 def decoder(recipe=None):
     torch.manual_seed(1)
     model = Decoder(DecoderConfig(260, 64, 96, 2, 4, 2, max_positions=128)).eval()
