@@ -15,12 +15,11 @@ RN rounds to BF16. The codes are those of `attention/cache.py`, byte for byte.
 
 **A row's result never depends on its company.** A sum in floating point depends on its order, and libraries choose the
 order by the shape of what they are given. So the shape is always the same: keys are visited in partitions of
-`PARTITION`, counted from position 0 and filled up with zeros; queries in blocks of `BLOCK` rows, filled up likewise.
-Each partition gives (max, sum, weighted values), and these are combined in ascending order; a partition that a row
-cannot see leaves its state untouched, bit by bit. What the row gets is then a function of its query, of the keys up
-to its position, and of nothing else: not of the chunk that it came in, nor of the pages' numbers, nor of other
-sequences. (What is left to the library is where in its block a row stands. MKL's result does not depend on that, which
-the tests hold.)
+`PARTITION`, queries in blocks of `BLOCK` rows, both counted from position 0 of their sequence and filled up with zeros.
+A position has its place in a block once and for all, whatever chunk it comes in. Each partition gives (max, sum,
+weighted values), and these are combined in ascending order; a partition that a row cannot see leaves its state
+untouched, bit by bit. What the row gets is then a function of its query, of the keys up to its position, and of nothing
+else: not of the chunk that it came in, nor of the pages' numbers, nor of other sequences.
 
 Split keys and their combination: Dao, "FlashAttention-2", 2023; "Flash-Decoding for long-context inference", 2023.
 """
@@ -138,27 +137,29 @@ def decoded(codes: Tensor, scale: Tensor | None, page: Tensor, offset: Tensor) -
 
 
 def attend_sequence(q: Tensor, parts: list[tuple[Tensor, Tensor]], positions: Tensor, scale: float) -> Tensor:
-    """`[T, H * D]` in FP32 of the rows q [T, H, D] of one sequence."""
-    blocks = zip(q.float().split(BLOCK), positions.long().split(BLOCK), strict=True)
-    return torch.cat([attend_block(rows, parts, where, scale) for rows, where in blocks])
+    """`[T, H * D]` in FP32 of the rows q [T, H, D] of one sequence, at consecutive positions."""
+    tokens, heads, width = q.shape
+    before = int(positions[0]) % BLOCK
+    blocks = -(-(before + tokens) // BLOCK)
+    full = torch.zeros(blocks * BLOCK, heads, width, device=q.device)
+    full[before : before + tokens] = q
+    first = int(positions[0]) - before
+    out = [attend_block(rows, parts, first + i * BLOCK, scale) for i, rows in enumerate(full.split(BLOCK))]
+    return torch.cat(out)[before : before + tokens]
 
 
-def attend_block(q: Tensor, parts: list[tuple[Tensor, Tensor]], positions: Tensor, scale: float) -> Tensor:
-    """`[T, H * D]` of at most `BLOCK` rows q [T, H, D]: their queries of one key head lie one below the other."""
-    rows, heads, width = q.shape
-    keys = parts[0][0].shape[0]
-    full = q.new_zeros(BLOCK, heads, width)
-    full[:rows] = q
-    grouped = full.view(BLOCK, keys, -1, width).permute(1, 2, 0, 3).reshape(keys, -1, width)
-    last = positions.new_zeros(BLOCK)
-    last[:rows] = positions
-    last = last.repeat(heads // keys).view(1, -1, 1)
+def attend_block(q: Tensor, parts: list[tuple[Tensor, Tensor]], first: int, scale: float) -> Tensor:
+    """`[BLOCK, H * D]` of the rows q [BLOCK, H, D] from position `first` on: the queries of one key head lie one below
+    the other."""
+    keys, width = parts[0][0].shape[0], q.shape[2]
+    grouped = q.view(BLOCK, keys, -1, width).permute(1, 2, 0, 3).reshape(keys, -1, width)
+    last = torch.arange(first, first + BLOCK, device=q.device).repeat(grouped.shape[1] // BLOCK).view(1, -1, 1)
     state: State | None = None
-    for i, part in enumerate(parts):
+    for i, part in enumerate(parts[: (first + BLOCK - 1) // PARTITION + 1]):
         state = combined(state, *part, grouped, last - i * PARTITION, scale)
     assert state is not None
     out = (state[2] / state[1]).view(keys, -1, BLOCK, width).permute(2, 0, 1, 3)
-    return out.reshape(BLOCK, heads * width)[:rows]
+    return out.reshape(BLOCK, -1)
 
 
 def combined(state: State | None, keys: Tensor, values: Tensor, q: Tensor, last: Tensor, scale: float) -> State:

@@ -70,9 +70,10 @@ def load_model(
 def read_model(tensors: Tensors, scheme: Scheme | None, device: torch.device | str | None) -> ServedModel:
     """The model of a checkpoint that is open."""
     config = Architecture.of(tensors.config)
-    weights = Weights(tensors, groups_of(tensors.config), scheme, device)
     block = BLOCKS[config.kind]
-    model = ServedModel(config, weights, lambda held, i: block(held, i, config))
+    with tensors.reading() as read:
+        weights = Weights(tensors, read, groups_of(tensors.config), scheme, device)
+        model = ServedModel(config, weights, lambda held, i: block(held, i, config))
     weights.refuse_leftovers()
     return model.eval()
 

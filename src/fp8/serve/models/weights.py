@@ -11,7 +11,8 @@ was made for, and is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,7 +39,7 @@ class Tensors(Protocol):
     @property
     def entries(self) -> Mapping[str, Any]: ...
 
-    def read(self, name: str) -> Tensor: ...
+    def reading(self) -> AbstractContextManager[Callable[[str], Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class InMemory:
     config: Mapping[str, Any]
     entries: Mapping[str, Tensor]
 
-    def read(self, name: str) -> Tensor:
-        return self.entries[name]
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[str], Tensor]]:
+        yield self.entries.__getitem__
 
 
 class Weights:
@@ -58,12 +60,16 @@ class Weights:
     def __init__(
         self,
         tensors: Tensors,
+        read: Callable[[str], Tensor],
         groups: Groups | None,
         scheme: Scheme | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """`groups`: the schemes that the file has; `scheme`: how to quantize what it holds in high precision."""
-        self.tensors, self.groups, self.scheme, self.device = tensors, groups, scheme, device
+        """read     gives a tensor of `tensors` (their `reading`)
+        groups   the schemes that the file has
+        scheme   how to quantize what it holds in high precision; None: not
+        """
+        self.tensors, self.read, self.groups, self.scheme, self.device = tensors, read, groups, scheme, device
         self.used: set[str] = set()
 
     # ----------------------------------------------------------------------- parts of a model
@@ -114,16 +120,17 @@ class Weights:
         if not self.has(name):
             raise CheckpointError(f"the checkpoint has no tensor {name!r}, which its config.json calls for.")
         self.used.add(name)
-        return self.tensors.read(name)
+        return self.read(name)
 
     def _stored(self, names: Sequence[str], scheme: Scheme) -> Quantized:
         """The codes and scales of the file, checked."""
         assert self.groups is not None
         codes, scales = [], []
         for name in names:
-            weight, scale = self.take(f"{name}.weight"), self.take(f"{name}.{self.groups.scale_name}")
-            scales.append(checked_scale(name, weight, scale, scheme).to(self.device))
-            codes.append(weight.to(self.device))
+            kinds = ("weight", self.groups.scale_name)
+            weight, scale = (self.take(f"{name}.{kind}").to(self.device) for kind in kinds)
+            scales.append(checked_scale(name, weight, scale, scheme))
+            codes.append(weight)
         return joined(codes, scales, scheme)
 
     def _input_scale(self, names: Sequence[str], scheme: Scheme) -> Tensor | None:
