@@ -7,11 +7,13 @@
 has work while the host looks at tokens, writes text and plans, and nothing waits for the host between two tokens: the
 newest token of a sequence goes from one step to the next on the device. The price: whether a token was the last one is
 found when the next step is already under way. A sequence that met its end has one row in it that is dropped. (Ends by
-length are known beforehand, and cost nothing.) On a CPU a launch is complete when it returns, and all the rest is the same.
+length are known beforehand, and cost nothing.) On a CPU a launch is complete when it returns, and all the rest is the
+same.
 
-**Alone and in company.** What a request gets depends on its tokens and parameters only: the model's rows do not see each
-other, the sampler's neither, and random numbers come from (seed, position). On a CPU that holds for every bit. On a GPU
-the order of a product's sums may change with the number of its rows; `deterministic` gives every step the same number.
+**Alone and in company.** What a request gets depends on its tokens and parameters only: the model's rows do not see
+each other, the sampler's neither, and random numbers come from (seed, position). On a CPU that holds for every bit. On
+a GPU the order of a product's sums may change with the number of its rows; `deterministic` gives every step the same
+number.
 
 **One bad request** does not harm others: what cannot be served is refused by `add`, with a reason; a row of logits that
 is not finite ends its own request with finished="error", and its pages are not found by anybody again.
@@ -87,8 +89,8 @@ class Engine:
         self.max_model_len = min(asked or held, pages * self.options.page_size + 1)
         if asked is not None and asked > self.max_model_len:
             raise ConfigError(
-                f"max_model_len={asked} does not fit into a cache of {pages} pages of {self.options.page_size}: at most "
-                f"{self.max_model_len}. Give it more memory (pages, memory_fraction), or a smaller max_model_len."
+                f"max_model_len={asked} does not fit into a cache of {pages} pages of {self.options.page_size}: at "
+                f"most {self.max_model_len}. Give it more memory (pages, memory_fraction), or a smaller max_model_len."
             )
         self.cache = model.new_cache(pages, self.options.page_size, kv_cache_dtype)
         self.scheduler = Scheduler(
@@ -109,7 +111,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Take a request. Raises `RequestError`, which says what is wrong with it and what would do."""
-        self._check(request)
+        self.check(request)
         p = request.params
         most = min(self.max_model_len, len(request.prompt) + (p.max_tokens or self.max_model_len))
         own = frozenset() if p.ignore_eos or self.tokenizer is None else self.tokenizer.ends
@@ -121,6 +123,29 @@ class Engine:
         self._arrived += 1
         self._live[request.id] = sequence
         self.scheduler.add(sequence)
+
+    def check(self, request: Request) -> None:
+        """Refuse what cannot be served, as `add` does. Raises `RequestError`."""
+        name, prompt, p, vocabulary = request.id, request.prompt, request.params, self.model.config.vocab_size
+        if name in self._live:
+            raise RequestError(f"there is a request {name!r} already that has not ended: give this one another id.")
+        if not prompt:
+            raise RequestError(f"the prompt of request {name!r} is empty: give at least one token.")
+        if len(prompt) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt of request {name!r} has {len(prompt)} tokens; with one token of an answer, this engine "
+                f"holds {self.max_model_len} (the model {self.model.config.max_positions}, the cache "
+                f"{self.scheduler.pool.total * self.options.page_size}): cut the prompt, or give the engine more pages."
+            )
+        named = {"the prompt": prompt, "logit_bias": p.logit_bias or {}, "stop_token_ids": p.stop_token_ids or ()}
+        for what, tokens in named.items():
+            if wrong := [t for t in tokens if not 0 <= t < vocabulary]:
+                raise RequestError(
+                    f"{what} of request {name!r} holds token {wrong[0]}, which is not in the vocabulary of "
+                    f"{vocabulary}: another tokenizer made it."
+                )
+        if p.stop and self.tokenizer is None:
+            raise RequestError(f"request {name!r} has stop texts, and this engine no tokenizer: give stop_token_ids.")
 
     def abort(self, request_id: str) -> None:
         """End a request now and free its pages; the next step tells it. Harmless for an unknown id."""
@@ -250,7 +275,7 @@ class Engine:
         self._end(sequence, "error")
         why = (
             f"the logits that follow token {len(sequence.tokens)} of request {sequence.request.id!r} are not finite: a "
-            "weight, an activation or a value of the cache is NaN or infinite. `fp8 lint` looks for one in a checkpoint."
+            "weight, an activation or a value of the cache is NaN or infinite. `fp8 lint` looks for such weights."
         )
         return self._output(sequence, [], "" if sequence.writer is None else sequence.writer.end(), "error", error=why)
 
@@ -291,7 +316,9 @@ class Engine:
     def _entry(self, told: Told, row: int, token: int, most: int) -> TokenLogprobs:
         """The token that came, and the `most` likeliest."""
         ids, top = told.ids[row, :most].tolist(), told.top[row, :most].tolist()
-        likeliest = {i: Logprob(value, rank, self._text(i)) for rank, (i, value) in enumerate(zip(ids, top, strict=True), 1)}
+        likeliest = {
+            i: Logprob(value, rank, self._text(i)) for rank, (i, value) in enumerate(zip(ids, top, strict=True), 1)
+        }
         came = Logprob(float(told.chosen[row]), int(told.rank[row]), self._text(token))
         return {token: came} | likeliest | {token: came}
 
@@ -299,29 +326,6 @@ class Engine:
         return None if self.tokenizer is None else self.tokenizer.decode([token], skip_special_tokens=False)
 
     # ------------------------------------------------------------------ beginning
-
-    def _check(self, request: Request) -> None:
-        """Refuse what cannot be served."""
-        name, prompt, p, vocabulary = request.id, request.prompt, request.params, self.model.config.vocab_size
-        if name in self._live:
-            raise RequestError(f"there is a request {name!r} already that has not ended: give this one another id.")
-        if not prompt:
-            raise RequestError(f"the prompt of request {name!r} is empty: give at least one token.")
-        if len(prompt) >= self.max_model_len:
-            raise RequestError(
-                f"the prompt of request {name!r} has {len(prompt)} tokens; with one token of an answer, this engine holds "
-                f"{self.max_model_len} (the model {self.model.config.max_positions}, the cache "
-                f"{self.scheduler.pool.total * self.options.page_size}): cut the prompt, or give the engine more pages."
-            )
-        named = {"the prompt": prompt, "logit_bias": p.logit_bias or {}, "stop_token_ids": p.stop_token_ids or ()}
-        for what, tokens in named.items():
-            if wrong := [t for t in tokens if not 0 <= t < vocabulary]:
-                raise RequestError(
-                    f"{what} of request {name!r} holds token {wrong[0]}, which is not in the vocabulary of {vocabulary}: "
-                    "another tokenizer made it."
-                )
-        if p.stop and self.tokenizer is None:
-            raise RequestError(f"request {name!r} has stop texts, and this engine no tokenizer: give stop_token_ids.")
 
     def _affordable(self, dtype: str, longest: int) -> int:
         """Pages for the memory that is left; on a CPU not more than could be used."""

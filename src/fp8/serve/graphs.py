@@ -1,14 +1,14 @@
 """A decode step as one CUDA graph for each number of rows.
 
-A step of a small batch is some hundred kernels of a few microseconds each; started one by one from Python, the GPU would
-wait for the host between them. A graph is recorded once and started with one call. It replays the same kernels over the
-same memory, so everything that changes lies in one static buffer, which a step fills by one copy: rows, pages, lengths,
-and which tokens to fetch from the seats (`inputs.py`). The logits come out in a static tensor too; they are read by
-launches of the same stream before the next replay overwrites them.
+A step of a small batch is some hundred kernels of a few microseconds each; started one by one from Python, the GPU
+would wait for the host between them. A graph is recorded once and started with one call. It replays the same kernels
+over the same memory, so everything that changes lies in one static buffer, which a step fills by one copy: rows,
+pages, lengths, and which tokens to fetch from the seats (`inputs.py`). The logits come out in a static tensor too;
+they are read by launches of the same stream before the next replay overwrites them.
 
-Shapes are fixed, so a batch is filled up to the next captured number of rows. A filled row reads no keys and stores none.
-The table of pages is as wide as the longest request may need. Graphs are captured at the start, the largest first, and
-share one pool of memory; sampling stays outside, because what it does differs from step to step.
+Shapes are fixed, so a batch is filled up to the next captured number of rows. A filled row reads no keys and stores
+none. The table of pages is as wide as the longest request may need. Graphs are captured at the start, the largest
+first, and share one pool of memory; sampling stays outside, because what it does differs from step to step.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class DecodeGraphs:
         return next((size for size in self.sizes if size >= rows), None)
 
     def __call__(self, arrays: Arrays) -> Tensor:
-        """Logits [rows of the graph, V] of a decode batch from `gather(work, page_size, width=self.width)`, launched."""
+        """Launch a decode batch of `gather(work, page_size, width=self.width)`: logits [rows of the graph, V]."""
         size = self.size_for(len(arrays["tokens"]))
         assert size is not None
         captured = self._captured[size]

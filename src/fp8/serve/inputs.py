@@ -7,8 +7,9 @@ everything launched before has run, and the host could never be a step ahead.
 A token that the host does not know yet is not sent but fetched, on the device, from the seat where the step before
 will have put it: `pending` is that seat, or -1.
 
-`gather` fills up to `rows` rows, with sequences of no keys, tokens that are stored nowhere and logits that nobody reads:
-for a CUDA graph, which has one shape (one row a sequence), and for products whose shape shall not depend on the company.
+`gather` fills up to `rows` rows, with sequences of no keys, tokens that are stored nowhere and logits that nobody
+reads: for a CUDA graph, which has one shape (one row a sequence), and for products whose shape shall not depend on the
+company.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def gather(work: Sequence[Work], page_size: int, *, rows: int = 0, width: int = 
     pending = np.full(len(tokens), -1, dtype=np.int64)
     for w, end in zip(work, starts[1:], strict=True):
         if w.start + w.new > len(w.sequence.tokens):
+            assert w.sequence.seat is not None
             pending[end - 1] = w.sequence.seat
     sampled = [end - 1 for w, end in zip(work, starts[1:], strict=True) if w.sampled]
     told = [start + p - w.start for w, start in zip(work, starts, strict=False) for p in w.told]
@@ -80,10 +82,11 @@ def filled(arrays: Arrays, rows: int) -> Arrays:
 def empty(rows: int, width: int) -> Arrays:
     """A batch of `rows` rows that reads and stores nothing: for warming up, measuring and capturing."""
     nothing = np.zeros(0, dtype=np.int64)
-    start = {name: nothing for name in ("tokens", "slots", "wanted", "pending")}
+    start = dict.fromkeys(("tokens", "slots", "wanted", "pending"), nothing)
     small = nothing.astype(np.int32)
     return filled(
-        start | {"positions": small, "lengths": small, "starts": np.zeros(1, np.int32), "pages": small.reshape(0, width)},
+        start
+        | {"positions": small, "lengths": small, "starts": np.zeros(1, np.int32), "pages": small.reshape(0, width)},
         rows,
     ) | {"wanted": np.arange(rows)}
 

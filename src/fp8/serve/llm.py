@@ -1,15 +1,16 @@
 """`fp8.LLM`: an engine for scripts, in vLLM's words. A script written for vLLM runs with one import changed.
 
-What is not here is refused by name, not ignored. Differences that a reader of vLLM's manual may notice: `kv_cache_dtype`
-is "fp8" unless told otherwise ("auto", the model's own type, is BF16), with the checkpoint's scales or, where it has
-none, a scale a token and head; and a request whose logits are not finite ends alone, with finish_reason="error".
+What is not here is refused by name, not ignored. Differences that a reader of vLLM's manual may notice:
+`kv_cache_dtype` is "fp8" unless told otherwise ("auto", the model's own type, is BF16), with the checkpoint's scales
+or, where it has none, a scale a token and head; and a request whose logits are not finite ends alone, with
+finish_reason="error".
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,10 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """All answers, in the order of the prompts. `sampling_params`: one for all, or one each; `use_tqdm`: show progress.
+        """All answers, in the order of the prompts.
+
+        sampling_params   one for all, or one each; None: what the checkpoint's authors recommend
+        use_tqdm          show progress
 
         Raises `RequestError` for the first prompt that cannot be served; then none is.
         """
@@ -170,18 +174,27 @@ class LLM:
         use_tqdm: bool = True,
         **template: Any,
     ) -> list[RequestOutput]:
-        """Answers to one conversation, or to several: lists of {"role": ..., "content": ...}. `template`: more words for
-        the chat template, such as `enable_thinking=False`."""
+        """Answers to one conversation, or to several: lists of {"role": ..., "content": ...}.
+
+        `template`: more words for the chat template, such as `enable_thinking=False`.
+        """
         several = messages if messages and not isinstance(messages[0], Mapping) else [messages]
         tokens = [self.get_tokenizer().chat(list(each), **template) for each in several]  # type: ignore[arg-type]
         return self.generate(tokens, sampling_params, use_tqdm)
 
-    def stream(self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None) -> Iterator[Output]:
-        """One answer as it is made: a text, tokens, or a conversation. Closing the iterator ends the request."""
+    def stream(
+        self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None
+    ) -> Generator[Output]:
+        """One answer as it is made: to a text, tokens, or a conversation. Closing it ends the request.
+
+        Raises `RequestError` at once, if the request cannot be served.
+        """
         if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
             prompt = self.get_tokenizer().chat(list(prompt))  # type: ignore[arg-type]
         params = replace(sampling_params or self.get_default_sampling_params(), n=1)
-        return self._run(self._requests(self._begin(prompt, params), params))  # type: ignore[arg-type]
+        requests = self._requests(self._begin(prompt, params), params)  # type: ignore[arg-type]
+        self.engine.check(requests[0])
+        return self._run(requests)
 
     # ------------------------------------------------------------------ inside
 
@@ -208,8 +221,8 @@ class LLM:
         """One request a text: they share the prompt's pages."""
         return list(requests_of(result.request_id, result.prompt_token_ids, params))
 
-    def _run(self, requests: list[Request]) -> Iterator[Output]:
-        """Outputs until all these requests have ended; whoever stops listening ends them. Several may listen by turns."""
+    def _run(self, requests: list[Request]) -> Generator[Output]:
+        """Outputs until all these requests have ended; whoever stops listening ends them. Several may take turns."""
         left = {request.id for request in requests}
         self._mail |= {name: [] for name in left}
         try:
@@ -228,7 +241,9 @@ class LLM:
                 self.engine.abort(request.id)
 
 
-def requests_of(name: str, prompt: list[int], params: SamplingParams, arrival: float | None = None) -> Iterator[Request]:
+def requests_of(
+    name: str, prompt: list[int], params: SamplingParams, arrival: float | None = None
+) -> Iterator[Request]:
     """The `n` requests of one prompt, "name-0" and so on, each with a seed of its own."""
     arrival = time.monotonic() if arrival is None else arrival
     for i in range(params.n):

@@ -10,9 +10,9 @@ the bit, because the model's results depend on nothing but a token's past. Names
     free, empty ── take ──► held by one ── share ──► held by many ── release ──► … ──► free
                                  └── name, when it is full and its tokens are known
 
-A page that nobody holds is free, but keeps its name until it is taken again: whoever asks for that name meanwhile gets it
-back. Free pages are taken in this order: those without a name, then those freed longest ago (LRU); a sequence frees its
-pages from the last to the first, so that the end of a common beginning is forgotten before the beginning.
+A page that nobody holds is free, but keeps its name until it is taken again: whoever asks for that name meanwhile gets
+it back. Free pages are taken in this order: those without a name, then those freed longest ago (LRU); a sequence frees
+its pages from the last to the first, so that the end of a common beginning is forgotten before the beginning.
 
 **Who may write.** Only who took a page, and each position once. Others find it by its name, which it has when no
 position is left to write.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import ConfigError, RequestError
 
@@ -21,7 +21,7 @@ class SamplingParams:
 
     n                    texts of one prompt
     temperature          0: the likeliest token
-    top_k, top_p, min_p  keep the k likeliest (0 or -1: all), the likeliest that make up a probability of top_p (1: all),
+    top_k, top_p, min_p  keep the k likeliest (0 or -1: all), the likeliest that make up a probability of top_p,
                          those at least min_p times as likely as the likeliest (0: all)
     presence_penalty, frequency_penalty   taken from a logit once, or for each time that the text has the token
     repetition_penalty   divides (or, below 0, multiplies) the logits of tokens that prompt or text have; 1: none
@@ -116,14 +116,14 @@ class EngineOptions:
     """The sizes of an engine. Raises `ConfigError`.
 
     page_size         positions that share a page of the cache; a multiple of 16
-    pages             pages of the cache; None: as many as `memory_fraction` of the GPU's memory leaves room for, on a CPU
-                      enough for a few long requests
+    pages             pages of the cache; None: as many as fit into `memory_fraction` of a GPU's memory beside the
+                      model, or into a GiB on a CPU
     max_running       sequences in one step
     max_step_tokens   new tokens in one step: a longer prompt enters in chunks, so that others are not kept waiting
     prefix_caching    prompts that begin alike share their pages
     graphs            on a GPU, a decode step is one CUDA graph
-    deterministic     every step has max_running rows, filled up: products of one shape, so that on a GPU no result depends
-                      on the company. On a CPU that is so without it
+    deterministic     every step has max_running rows, filled up: products of one shape, so that on a GPU no result
+                      depends on the company. On a CPU that is so without it
     max_model_len     most tokens of prompt and answer; None: the model's
     """
 
@@ -140,13 +140,15 @@ class EngineOptions:
     def __post_init__(self) -> None:
         for name in ("page_size", "pages", "max_running", "max_step_tokens", "max_model_len"):
             value = getattr(self, name)
-            if not (value is None and name in ("pages", "max_model_len")) and (not _whole(value) or value < 1):
+            if value is None and name in ("pages", "max_model_len"):
+                continue
+            if not _whole(value) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a whole number above 0.")
         if not _number(self.memory_fraction) or not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction={self.memory_fraction!r} must be above 0 and at most 1.")
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -34,7 +34,7 @@ class Request:
 
     id: str
     prompt: list[int]
-    params: SamplingParams = SamplingParams()
+    params: SamplingParams = field(default_factory=SamplingParams)
     arrival: float = 0.0
     seed: int = field(init=False)
 

@@ -11,8 +11,8 @@ In this order, each row with its own parameters:
                      top_p of the weight so far kept lies
        draw          the first token, in the order of their numbers, whose cumulative weight exceeds u * (all weight)
 
-**Weights are whole numbers.** The order of a floating-point sum is the library's choice, and on a GPU it changes with the
-number of rows; sums of integers have no order. With V <= 2^18 tokens they stay below 2^50, which float64 holds
+**Weights are whole numbers.** The order of a floating-point sum is the library's choice, and on a GPU it changes with
+the number of rows; sums of integers have no order. With V <= 2^18 tokens they stay below 2^50, which float64 holds
 exactly, so that u * (all weight) is rounded once. A token less likely than the likeliest by 2^32 is never drawn.
 
 **Random numbers** are made on the host from the request's seed and the token's position alone: a counter-based
@@ -73,7 +73,7 @@ class Row:
 
 
 class Told(NamedTuple):
-    """Log-probabilities of some rows: of the token `[R]`, its rank `[R]`, and the likeliest `[R, n]` with their numbers."""
+    """Log-probabilities of R rows: `chosen` [R] of the token, its `rank` [R]; `top` [R, n] of the likeliest, `ids`."""
 
     chosen: Tensor
     rank: Tensor
@@ -107,7 +107,7 @@ class Sampler:
         self._prompt[sequence.seat] = torch.zeros_like(self._prompt[0]).index_fill_(0, sent["prompt"], True)
 
     def __call__(self, logits: Tensor, rows: Rows[Row]) -> Tensor:
-        """A token for each row of logits [R, V], int64 [R]; -1 for a row that has none. They become their seats' last."""
+        """A token for each row of logits [R, V], int64 [R], which becomes its seat's last; -1: the row has none."""
         sent = send(arrays_of(rows, self.vocab_size), self.device)
         if any(row.params.logit_bias or row.banned for row in rows):
             logits = logits.index_put((sent["bias_row"], sent["bias_token"]), sent["bias"], accumulate=True)

@@ -9,8 +9,8 @@
 **Pages run out** when running sequences grow. Then the youngest of those that have no place in this step yet gives all
 its pages back and waits again, at the head of the queue; it may be the one that asked. Later everything that it had is
 computed anew, in chunks ("recomputation"): the same tokens, hence the same bits, and its own pages are often still
-in the cache. The oldest is never preempted for a younger one, so that it ends, and then the next: nobody waits for ever. A
-sequence is admitted only when its whole length fits, and nobody is in a step that preempted.
+in the cache. The oldest is never preempted for a younger one, so that it ends, and then the next: nobody waits for
+ever. A sequence is admitted only when its whole length fits, and nobody is in a step that preempted.
 
 **Shared beginnings.** A page is named (`pages.py`) as soon as the step that fills it is planned and its tokens are
 known. Within a step each layer writes all keys and values before any are read, and steps run in order, so a sequence

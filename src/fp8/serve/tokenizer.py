@@ -48,10 +48,10 @@ class Bytes:
 
 
 class HuggingFace:
-    """A tokenizer that transformers reads from a folder."""
+    """A tokenizer that transformers reads, from a folder or from a tokenizer.json alone."""
 
-    def __init__(self, folder: str | Path, ends: Iterable[int] = ()) -> None:
-        self._words = read(folder)
+    def __init__(self, path: str | Path, ends: Iterable[int] = ()) -> None:
+        self._words = read(Path(path))
         end = self._words.eos_token_id
         self.ends = frozenset(ends) or frozenset(() if end is None else (end,))
 
@@ -74,25 +74,27 @@ class HuggingFace:
         return self._words.encode(text, add_special_tokens=False)
 
 
-def read(folder: str | Path) -> Any:
-    """transformers' tokenizer of a folder. Raises `DataError`."""
+def read(path: Path) -> Any:
+    """transformers' tokenizer. Raises `DataError`."""
     try:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
     except ImportError:
         raise DataError("reading this tokenizer needs transformers: pip install 'fp8[hf]'.") from None
+    if not path.exists():
+        raise DataError(f"there is no tokenizer at {path}: give a tokenizer.json, its folder, or 'bytes'.")
     try:
-        return AutoTokenizer.from_pretrained(str(folder))
+        alone = path.is_file()
+        return PreTrainedTokenizerFast(tokenizer_file=str(path)) if alone else AutoTokenizer.from_pretrained(path)
     except Exception as error:  # noqa: BLE001  transformers raises what it met
-        raise DataError(f"{folder} has no tokenizer that can be read: {error}") from None
+        raise DataError(f"{path} has no tokenizer that can be read: {error}") from None
 
 
 def read_tokenizer(folder: str | Path, name: str | Path | None = None) -> Tokenizer | None:
-    """The tokenizer of a checkpoint, or the one named instead: "bytes", or a folder; None where there is none."""
-    ends = end_of_text(folder)
-    name = tokenizer_name(folder) if name is None else name
-    if name is None:
+    """The tokenizer of a checkpoint, or the one named instead: "bytes", a folder, or a tokenizer.json; None where there
+    is none."""
+    own, ends = tokenizer_name(folder), end_of_text(folder)
+    if name is None and own is None:
         return None
-    if str(name) == "bytes":
+    if "bytes" in (name, None if name else own):
         return Bytes(ends or (256,))
-    path = Path(name)
-    return HuggingFace(path.parent if path.name == "tokenizer.json" else path, ends)
+    return HuggingFace(Path(folder if name is None else name).expanduser(), ends)

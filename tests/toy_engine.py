@@ -1,4 +1,5 @@
-"""A model whose logits are a hash of the history that it reads back from its pages, and a cache that watches who writes.
+"""A model whose logits are a hash of the history that it reads back from its pages, and a cache that watches who
+writes.
 
 Wrong pages, slots, positions or lengths change the hash, so they show in the next token; and every position of the
 history says which it is, so they show at once.
@@ -78,8 +79,8 @@ class Toy:
         assert batch.starts[0] == 0 and batch.starts[-1] == len(batch.tokens)
         assert batch.decode == bool((batch.starts.diff() == 1).all())
         for s, length in enumerate(batch.lengths.tolist()):
-            rows = slice(int(batch.starts[s]), int(batch.starts[s + 1]))
-            assert not length or batch.positions[rows].tolist() == list(range(length - (rows.stop - rows.start), length))
+            first, end = batch.starts[s : s + 2].tolist()
+            assert not length or batch.positions[first:end].tolist() == list(range(length - end + first, length))
 
 
 class Letters:
