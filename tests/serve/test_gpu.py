@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 import tiny_models
 from fp8.checkpoint import Options, quantize_folder
 from fp8.models.architecture import KINDS
+from fp8.nn.int8_linear import Int8Linear
 from fp8.serve.models import load_model, random_model
 from paged_batches import Sequence, alone, batch_of, bits, on, step
 
@@ -45,6 +48,13 @@ def test_quantizing_while_loading_gives_the_codes_of_the_cpu(tmp_path):
     folder = tiny_models.build(tmp_path / "source", "qwen3")
     ours, theirs = (dict(load_model(folder, device=d, quantization="fp8").named_buffers()) for d in (GPU, "cpu"))
     assert all(torch.equal(bits(x.cpu()), bits(theirs[name])) for name, x in ours.items())
+
+
+def test_int8_products_are_those_of_the_cpu_to_the_bit():
+    torch.manual_seed(0)
+    for rows in (1, 16, 17, 100):
+        x, linear = torch.randn(rows, 256).bfloat16(), Int8Linear(torch.randn(64, 256).bfloat16())
+        assert torch.equal(copy.deepcopy(linear).to(GPU)(x.to(GPU)).cpu(), linear(x))
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "e5m2", "bf16"])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -45,7 +45,11 @@ BLOCKS: dict[str, type[LlamaBlock]] = {
     "mixtral": MixtralBlock,
     "qwen3_moe": Qwen3MoeBlock,
 }
-QUANTIZATIONS = {None: None, "fp8": "dynamic"}
+QUANTIZATIONS: dict[str | None, Scheme | Literal["int8"] | None] = {
+    None: None,
+    "fp8": SCHEMES["dynamic"],
+    "int8": "int8",
+}
 
 
 def load_model(
@@ -58,7 +62,7 @@ def load_model(
     device         where it is put
     quantization   None: as the file says. "fp8": what the file holds in high precision is quantized as it is read, one
                    scale a channel, and activations one a token, to the codes that `fp8 quantize` writes. Head, routers,
-                   embedding and norms stay
+                   embedding and norms stay. "int8": INT8 W8A8 in the same layers, to compare with; not fused
 
     What a file holds in FP8 is served with its codes and scales, in bytes. Raises `CheckpointError`, naming the file,
     tensor or setting; `ConfigError` for an unknown quantization.
@@ -83,12 +87,11 @@ def random_model(
     return read_model(config, RandomWeights(config, scheme_of(quantization), device, seed))
 
 
-def scheme_of(quantization: str | None) -> Scheme | None:
+def scheme_of(quantization: str | None) -> Scheme | Literal["int8"] | None:
     """How matrices in high precision are quantized as they are read."""
     if quantization not in QUANTIZATIONS:
         raise ConfigError(f"quantization cannot be {quantization!r}. {suggest(quantization, map(str, QUANTIZATIONS))}")
-    name = QUANTIZATIONS[quantization]
-    return None if name is None else SCHEMES[name]
+    return QUANTIZATIONS[quantization]
 
 
 def read_model(config: Mapping[str, Any], weights: Weights) -> ServedModel:

@@ -8,7 +8,7 @@ They are quantized like those of a file. The same seed, shape and kind of device
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,11 @@ class RandomWeights(Weights):
     """Draws what is asked for."""
 
     def __init__(
-        self, config: Mapping[str, Any], scheme: Scheme | None, device: torch.device | str | None, seed: int
+        self,
+        config: Mapping[str, Any],
+        scheme: Scheme | Literal["int8"] | None,
+        device: torch.device | str | None,
+        seed: int,
     ) -> None:
         super().__init__(InMemory(config, {}), _nothing, None, scheme, device)
         self.generator = torch.Generator(device or "cpu").manual_seed(seed)

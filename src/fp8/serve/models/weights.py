@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from ...checkpoint.quantize import quantize_weight
 from ...errors import CheckpointError
 from ...models.huggingface import IGNORED
 from ...nn.frozen_linear import FrozenLinear
+from ...nn.int8_linear import Int8Linear
 from ...quantize import Quantized
 from .layers import Linear, Matrix, Norm
 
@@ -64,12 +65,12 @@ class Weights:
         tensors: Tensors,
         read: Callable[[str], Tensor],
         groups: Groups | None,
-        scheme: Scheme | None = None,
+        scheme: Scheme | Literal["int8"] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         """read     gives a tensor of `tensors` (their `reading`)
         groups   the schemes that the file has
-        scheme   how to quantize what it holds in high precision; None: not
+        scheme   how to quantize what it holds in high precision, in FP8 or as "int8"; None: not
         """
         self.tensors, self.read, self.groups, self.scheme, self.device = tensors, read, groups, scheme, device
         self.used: set[str] = set()
@@ -88,6 +89,8 @@ class Weights:
         scheme = scheme if stored or keep else self.scheme
         if scheme is None:
             return Linear(self.rows(names, shape), added)
+        if scheme == "int8":
+            return Int8Linear(self.rows(names, shape), added)
         weight = self.stored(names, shape, scheme) if stored else self.quantized(names, shape, scheme)
         inputs = self._input_scale(names) if scheme.inputs == "static" else None
         only = scheme.inputs == "none"
