@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import accumulate
 
 import torch
@@ -38,10 +38,16 @@ def batch_of(work: list[tuple[Sequence, int]], page_size: int = 16) -> Batch:
     )
 
 
+def on(batch: Batch, device: torch.device) -> Batch:
+    """The same batch on a device."""
+    held = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return Batch(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in held.items()})
+
+
 def step(model, cache, work: list[tuple[Sequence, int]]) -> None:
-    """Compute the next tokens of some sequences together, and keep the logits of each position."""
-    batch = batch_of(work, cache.page_size)
-    rows = iter(model(batch, cache))
+    """Compute the next tokens of some sequences together, and keep the logits of each position, on the CPU."""
+    batch = on(batch_of(work, cache.page_size), model.embedding.device)
+    rows = iter(model(batch, cache).cpu())
     for s, n in work:
         s.logits |= {s.stored + i: next(rows) for i in range(n)}
         s.stored += n

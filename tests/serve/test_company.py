@@ -54,9 +54,10 @@ def decoder():
 def read(folder, kind, scheme):
     source = tiny_models.build(folder / "source", kind)
     tiny_models.reconfigure(source, "max_position_embeddings", value=512)
-    if scheme != "bf16":
-        quantize_folder(source, folder / "out", Options(scheme))
-    return load_model(source if scheme == "bf16" else folder / "out")
+    if scheme in ("bf16", "int8"):
+        return load_model(source, quantization=None if scheme == "bf16" else scheme)
+    quantize_folder(source, folder / "out", Options(scheme))
+    return load_model(folder / "out")
 
 
 def texts(lengths):
@@ -147,6 +148,17 @@ def test_rows_that_only_fill_up_a_batch_change_nothing(models):
     assert torch.equal(bits(row), bits(alone(model, tokens)[-1]))
     changed = (before != cache.layers[1].key_codes.view(torch.uint8)).flatten(1).any(1)
     assert changed.tolist() == [True, False]
+
+
+def test_a_neighbour_that_is_not_finite_changes_nothing(models):
+    model = copy.deepcopy(models("odd-dynamic"))
+    model.embedding[259] = float("nan")
+    cache, (tokens,) = model.new_cache(4, PAGE), texts([20])
+    sequence, sick = Sequence(tokens, [2, 0]), Sequence([259, 1, 259], [1])
+    step(model, cache, [(sick, 2), (sequence, 11)])
+    step(model, cache, [(sequence, 9), (sick, 1)])
+    assert sick.logits[1].isnan().any()
+    assert is_the_same(sequence, alone(model, tokens))
 
 
 def test_the_law_holds_with_two_threads(models):

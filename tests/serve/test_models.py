@@ -17,6 +17,7 @@ from fp8.checkpoint.source import Source
 from fp8.errors import CheckpointError, ConfigError, Fp8Error
 from fp8.models import Architecture, Decoder, DecoderConfig, Rope
 from fp8.nn.frozen_linear import FrozenLinear
+from fp8.nn.int8_linear import Int8Linear
 from fp8.serve.models import BLOCKS, load_model
 from paged_batches import alone, bits
 from tiny_models import bytes_of, copied, reconfigure, retensor, tensors
@@ -169,6 +170,16 @@ def test_a_head_in_fp8_is_served_as_such(folders, tmp_path):
     assert error(alone(model, TEXT), alone(load_model(folders("llama"), quantization="fp8"), TEXT)) < 0.05
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "mixtral4"])
+def test_int8_goes_into_the_layers_that_fp8_goes_into(folders, kind):
+    ours, fp8s = (load_model(folders(kind), quantization=q) for q in ("int8", "fp8"))
+    kinds = [{name for name, m in model.named_modules() if isinstance(m, kind)}
+             for model, kind in ((ours, Int8Linear), (fp8s, FrozenLinear))]  # fmt: skip
+    assert kinds[0] == kinds[1] != set()
+    exact = alone(load_model(folders(kind)), TEXT, "bf16")
+    assert error(alone(ours, TEXT, "bf16"), exact) < error(alone(fp8s, TEXT, "bf16"), exact)  # no outliers here
+
+
 def test_shards_of_a_model_are_read_alike(folders, tmp_path):
     sharded = tiny_models.build(tmp_path / "sharded", "qwen2", shards="200KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
@@ -265,7 +276,7 @@ def test_a_cache_scale_that_is_none_is_refused(quantized, tmp_path):
 
 
 def test_wrong_words_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"quantization cannot be 'int4'\. .*Known: None, fp8"):
+    with pytest.raises(ConfigError, match=r"quantization cannot be 'int4'\. .*Known: None, fp8, int8"):
         load_model(tmp_path, quantization="int4")
     with pytest.raises(Fp8Error, match="there is no folder"):
         load_model(tmp_path / "nowhere")

@@ -1,7 +1,7 @@
 """Models as they are served: `load_model` reads a checkpoint of a known architecture into a `ServedModel`.
 
     layers.py    the calls that a layer makes, each one a fusion
-    weights.py   a checkpoint's tensors, as layers ask for them
+    weights.py   a checkpoint's tensors, as layers ask for them; random_weights.py: those of no checkpoint
     served.py    embedding, blocks, head
     experts.py   a routed SwiGLU
     llama.py, qwen2.py, qwen3.py, mixtral.py, qwen3_moe.py     one architecture each
@@ -11,7 +11,9 @@ A new architecture is a file with its block, a row in `BLOCKS`, and a row in `mo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -29,10 +31,11 @@ from .mixtral import MixtralBlock
 from .qwen2 import Qwen2Block
 from .qwen3 import Qwen3Block
 from .qwen3_moe import Qwen3MoeBlock
+from .random_weights import RandomWeights
 from .served import Block, ServedModel
-from .weights import InMemory, Tensors, Weights
+from .weights import InMemory, Weights
 
-__all__ = ["BLOCKS", "Block", "ServedModel", "load_model"]
+__all__ = ["BLOCKS", "Block", "ServedModel", "load_model", "random_model"]
 
 BLOCKS: dict[str, type[LlamaBlock]] = {
     "llama": LlamaBlock,
@@ -42,7 +45,11 @@ BLOCKS: dict[str, type[LlamaBlock]] = {
     "mixtral": MixtralBlock,
     "qwen3_moe": Qwen3MoeBlock,
 }
-QUANTIZATIONS = {None: None, "fp8": "dynamic"}
+QUANTIZATIONS: dict[str | None, Scheme | Literal["int8"] | None] = {
+    None: None,
+    "fp8": SCHEMES["dynamic"],
+    "int8": "int8",
+}
 
 
 def load_model(
@@ -55,27 +62,43 @@ def load_model(
     device         where it is put
     quantization   None: as the file says. "fp8": what the file holds in high precision is quantized as it is read, one
                    scale a channel, and activations one a token, to the codes that `fp8 quantize` writes. Head, routers,
-                   embedding and norms stay
+                   embedding and norms stay. "int8": INT8 W8A8 in the same layers, to compare with; not fused
 
     What a file holds in FP8 is served with its codes and scales, in bytes. Raises `CheckpointError`, naming the file,
     tensor or setting; `ConfigError` for an unknown quantization.
     """
-    if quantization not in QUANTIZATIONS:
-        raise ConfigError(f"quantization cannot be {quantization!r}. {suggest(quantization, map(str, QUANTIZATIONS))}")
+    scheme = scheme_of(quantization)
     tensors = in_memory(model) if isinstance(model, Decoder) else Source.open(model)
-    name = QUANTIZATIONS[quantization]
-    return read_model(tensors, None if name is None else SCHEMES[name], device)
-
-
-def read_model(tensors: Tensors, scheme: Scheme | None, device: torch.device | str | None) -> ServedModel:
-    """The model of a checkpoint that is open."""
-    config = Architecture.of(tensors.config)
-    block = BLOCKS[config.kind]
     with tensors.reading() as read:
         weights = Weights(tensors, read, groups_of(tensors.config), scheme, device)
-        model = ServedModel(config, weights, lambda held, i: block(held, i, config))
+        served = read_model(tensors.config, weights)
     weights.refuse_leftovers()
-    return model.eval()
+    return served
+
+
+def random_model(
+    config: Mapping[str, Any],
+    *,
+    device: torch.device | str | None = None,
+    quantization: str | None = None,
+    seed: int = 0,
+) -> ServedModel:
+    """A model with random weights, of the shape that a `config.json` describes; other arguments as for `load_model`."""
+    return read_model(config, RandomWeights(config, scheme_of(quantization), device, seed))
+
+
+def scheme_of(quantization: str | None) -> Scheme | Literal["int8"] | None:
+    """How matrices in high precision are quantized as they are read."""
+    if quantization not in QUANTIZATIONS:
+        raise ConfigError(f"quantization cannot be {quantization!r}. {suggest(quantization, map(str, QUANTIZATIONS))}")
+    return QUANTIZATIONS[quantization]
+
+
+def read_model(config: Mapping[str, Any], weights: Weights) -> ServedModel:
+    """The model of a `config.json`, out of these weights."""
+    shape = Architecture.of(config)
+    block = BLOCKS[shape.kind]
+    return ServedModel(shape, weights, lambda held, i: block(held, i, shape)).eval()
 
 
 def in_memory(decoder: Decoder) -> InMemory:

@@ -12,14 +12,15 @@ join the steps of a call; it may not skip a rounding.
     norm       `fused/norm`: RN(RN32(RN32(h * rstd) * weight))
     silu       `fused/activation`: RN(silu(a) * b), in FP32
     product    FP8: `fp8.matmul` of codes, quantized as the checkpoint says, whatever the number of rows
+               INT8, for comparison: `nn/int8_linear.py`
                BF16, and weight-only FP8 once decoded: FP32 products and sums, then the bias, then one rounding
     residual   RN(residual + product)
 
-**A row's result never depends on its company.** An FP8 product is summed exactly, so the order of the sum, which
-libraries choose by the number of rows, does not matter. A BF16 product is not: on a CPU it is computed for `ROWS` rows
-at a time, filled up with zeros, so that every call has the same shape. (Where in the block a row stands must not matter
-either. For MKL's FP32 products it does not, at any shape that was tried: the tests hold it.) The gate runs row by row:
-torch computes what is left over of a vector by another exponential, and where that falls depends on the shape.
+**A row's result never depends on its company.** A product of FP8 or INT8 is summed exactly, so the order of the sum,
+which libraries choose by the number of rows, does not matter. A BF16 product is not: on a CPU it is computed for `ROWS`
+rows at a time, filled up with zeros, so that every call has the same shape. (Where in the block a row stands must not
+matter either. For MKL's FP32 products it does not, at any shape that was tried: the tests hold it.) The gate runs row
+by row: torch computes what is left over of a vector by another exponential, and where that falls depends on the shape.
 On a GPU these come from cuBLAS and kernels, in one piece.
 """
 
@@ -32,6 +33,7 @@ from ...fused.activation import activation
 from ...fused.norm import norm as fused_norm
 from ...matmul import run_matmul
 from ...nn.frozen_linear import FrozenLinear
+from ...nn.int8_linear import Int8Linear
 
 ROWS = 16  # rows of one BF16 product on a CPU
 SLAB = 1 << 12  # outputs whose weights are widened at once
@@ -60,7 +62,7 @@ class Linear(nn.Module):
         self.register_buffer("bias", bias)
 
 
-Matrix = Linear | FrozenLinear
+Matrix = Linear | FrozenLinear | Int8Linear
 
 
 # --------------------------------------------------------------------------- the calls of a layer
@@ -107,6 +109,8 @@ def product(x: Tensor, linear: Matrix, dtype: torch.dtype = torch.bfloat16) -> T
     """`x W^T + b`, rounded once to `dtype`: `[T, N]`."""
     if isinstance(linear, Linear):
         return high_product(x, linear.weight, linear.bias, dtype)
+    if isinstance(linear, Int8Linear):
+        return linear(x, dtype)
     weight = linear.quantized_weight()
     if linear.weight_only:
         return high_product(x, weight.dequantize(x.dtype), linear.bias, dtype)

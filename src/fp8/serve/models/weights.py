@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +26,11 @@ from ...checkpoint.quantize import quantize_weight
 from ...errors import CheckpointError
 from ...models.huggingface import IGNORED
 from ...nn.frozen_linear import FrozenLinear
+from ...nn.int8_linear import Int8Linear
 from ...quantize import Quantized
 from .layers import Linear, Matrix, Norm
+
+Held = TypeVar("Held", Tensor, Quantized)
 
 
 class Tensors(Protocol):
@@ -62,12 +65,12 @@ class Weights:
         tensors: Tensors,
         read: Callable[[str], Tensor],
         groups: Groups | None,
-        scheme: Scheme | None = None,
+        scheme: Scheme | Literal["int8"] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         """read     gives a tensor of `tensors` (their `reading`)
         groups   the schemes that the file has
-        scheme   how to quantize what it holds in high precision; None: not
+        scheme   how to quantize what it holds in high precision, in FP8 or as "int8"; None: not
         """
         self.tensors, self.read, self.groups, self.scheme, self.device = tensors, read, groups, scheme, device
         self.used: set[str] = set()
@@ -80,22 +83,18 @@ class Weights:
 
     def linear(self, names: Sequence[str], shape: tuple[int, int], *, bias: bool = False, keep: bool = False) -> Matrix:
         """The matrix `[N, K]` whose rows the named layers hold, in order; `keep`: it is never quantized here."""
-        biases = [self.high(f"{name}.bias") for name in names] if bias else None
-        added = None if biases is None else torch.cat(biases)
+        added = self.biases(names, shape[0]) if bias else None
         scheme = None if self.groups is None else common_scheme(names, self.groups)
-        if scheme is not None:
-            weight, inputs = self._stored(names, scheme), self._input_scale(names, scheme)
-        elif self.scheme is not None and not keep:
-            scheme, inputs = self.scheme, None
-            weight = self._quantized(names, scheme)
-        else:
-            weight = torch.cat([self.high(f"{name}.weight") for name in names])
-            self._check(names, tuple(weight.shape), shape)
-            return Linear(weight, added)
-        self._check(names, tuple(weight.shape), shape)
-        return FrozenLinear(
-            weight, scheme.recipe(weight.tile), added, names[0], input_scale=inputs, weight_only=scheme.inputs == "none"
-        )
+        stored = scheme is not None
+        scheme = scheme if stored or keep else self.scheme
+        if scheme is None:
+            return Linear(self.rows(names, shape), added)
+        if scheme == "int8":
+            return Int8Linear(self.rows(names, shape), added)
+        weight = self.stored(names, shape, scheme) if stored else self.quantized(names, shape, scheme)
+        inputs = self._input_scale(names) if scheme.inputs == "static" else None
+        only = scheme.inputs == "none"
+        return FrozenLinear(weight, scheme.recipe(weight.tile), added, names[0], input_scale=inputs, weight_only=only)
 
     def high(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """A tensor that is not FP8, in BF16."""
@@ -106,7 +105,7 @@ class Weights:
                 "other means, or its quantization_config is not its own."
             )
         if shape is not None:
-            self._check([name.removesuffix(".weight")], tuple(tensor.shape), shape)
+            self._checked([name.removesuffix(".weight")], tensor, shape)
         return tensor.to(device=self.device, dtype=torch.bfloat16)
 
     def has(self, name: str) -> bool:
@@ -122,8 +121,17 @@ class Weights:
         self.used.add(name)
         return self.read(name)
 
-    def _stored(self, names: Sequence[str], scheme: Scheme) -> Quantized:
-        """The codes and scales of the file, checked."""
+    def rows(self, names: Sequence[str], shape: tuple[int, int]) -> Tensor:
+        """A matrix in BF16."""
+        weight = torch.cat([self.high(f"{name}.weight") for name in names])
+        return self._checked(names, weight, shape)
+
+    def biases(self, names: Sequence[str], rows: int) -> Tensor:
+        """The biases of a matrix's rows, BF16 [N]."""
+        return self._checked(names, torch.cat([self.high(f"{name}.bias") for name in names]), (rows,))
+
+    def stored(self, names: Sequence[str], shape: tuple[int, int], scheme: Scheme) -> Quantized:
+        """The codes and scales of the file."""
         assert self.groups is not None
         codes, scales = [], []
         for name in names:
@@ -131,25 +139,25 @@ class Weights:
             weight, scale = (self.take(f"{name}.{kind}").to(self.device) for kind in kinds)
             scales.append(checked_scale(name, weight, scale, scheme))
             codes.append(weight)
-        return joined(codes, scales, scheme)
+        return self._checked(names, joined(codes, scales, scheme), shape)
 
-    def _input_scale(self, names: Sequence[str], scheme: Scheme) -> Tensor | None:
+    def quantized(self, names: Sequence[str], shape: tuple[int, int], scheme: Scheme) -> Quantized:
+        """Codes made here, of the weights as the file stores them."""
+        parts = [quantize_weight(self.take(f"{name}.weight").to(self.device), scheme) for name in names]
+        return self._checked(names, joined([p.codes for p in parts], [p.scale for p in parts], scheme), shape)
+
+    def _input_scale(self, names: Sequence[str]) -> Tensor:
         """The calibrated scale of the input, [1, 1]; where parts have several, the largest, as in vLLM."""
-        if scheme.inputs != "static":
-            return None
         assert self.groups is not None
         kind = self.groups.input_name
         found = [checked_input(name, self.take(f"{name}.{kind}"), self.groups) for name in names]
         return torch.stack(found).amax(0).to(self.device)
 
-    def _quantized(self, names: Sequence[str], scheme: Scheme) -> Quantized:
-        """Codes made here, of the weights as the file stores them."""
-        parts = [quantize_weight(self.take(f"{name}.weight").to(self.device), scheme) for name in names]
-        return joined([part.codes for part in parts], [part.scale for part in parts], scheme)
-
-    def _check(self, names: Sequence[str], have: tuple[int, ...], need: tuple[int, ...]) -> None:
-        if have != need:
-            raise CheckpointError(f"{' + '.join(names)} has shape {list(have)}; config.json calls for {list(need)}.")
+    def _checked(self, names: Sequence[str], held: Held, need: tuple[int, ...]) -> Held:
+        if tuple(held.shape) != need:
+            have = list(held.shape)
+            raise CheckpointError(f"{' + '.join(names)} has shape {have}; config.json calls for {list(need)}.")
+        return held
 
     # ----------------------------------------------------------------------- the cache's scales
 
