@@ -61,8 +61,7 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
-        object.__setattr__(self, "logit_bias", bias)
+        object.__setattr__(self, "logit_bias", _numbered(self.logit_bias or {}))
         self._check_counts()
         self._check_numbers()
         if not all(isinstance(text, str) and text for text in stop):
@@ -146,6 +145,14 @@ class EngineOptions:
                 raise ConfigError(f"{name}={value!r} must be a whole number above 0.")
         if not _number(self.memory_fraction) or not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction={self.memory_fraction!r} must be above 0 and at most 1.")
+
+
+def _numbered(bias: Mapping[Any, float]) -> dict[int, float]:
+    """By token number: JSON writes it as a text."""
+    try:
+        return {int(token): value for token, value in bias.items()}
+    except (TypeError, ValueError):
+        raise RequestError(f"logit_bias={bias!r} must give a number for each token, by its number.") from None
 
 
 def _whole(value: Any) -> TypeGuard[int]:
