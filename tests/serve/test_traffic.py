@@ -1,4 +1,4 @@
-"""The great law, through the whole engine and real models: in any traffic a request gets the bits that it gets alone."""
+"""The great law, through the whole engine and real models: in any traffic a request gets the bits it gets alone."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ Not thread-safe: one thread calls everything. After an exception out of `step` a
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -156,7 +157,8 @@ class Engine:
     def step(self) -> list[Output]:
         """Launch one more step, if there is work, and tell what became of requests in the step before."""
         work = self.scheduler.plan()
-        launched = self._launch(work) if work else None
+        with self._there():
+            launched = self._launch(work) if work else None
         ended, self._ended = self._ended, []
         outputs = ended + (self._settle(self._flight) if self._flight else [])
         self._flight = launched
@@ -327,12 +329,17 @@ class Engine:
 
     # ------------------------------------------------------------------ beginning
 
+    def _there(self) -> Any:
+        """The GPU, in a process with several: events, graphs and kernels belong to the current one."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
     def _affordable(self, dtype: str, longest: int) -> int:
         """Pages for the memory that is left; on a CPU not more than could be used."""
         size = self.options.page_size
         page = self.model.new_cache(1, size, dtype).nbytes
         if self.device.type == "cuda":
-            step = self._measure(dtype)
+            with self._there():
+                step = self._measure(dtype)
             free, total = torch.cuda.mem_get_info(self.device)
             room = free - int((1 - self.options.memory_fraction) * total) - step
         else:
@@ -364,6 +371,6 @@ class Engine:
         if self.device.type != "cuda" or not self.options.graphs or not getattr(self.model, "capturable", True):
             return None
         sizes = [self.rows] if self.rows else graphs.sizes_up_to(self.options.max_running)
-        with torch.no_grad():
+        with torch.no_grad(), self._there():
             width = self.scheduler.pages_for(self.max_model_len)
             return graphs.DecodeGraphs(self.model, self.cache, self.sampler.last, sizes, width)
