@@ -31,6 +31,7 @@ from ...quantize import Quantized
 from .layers import Linear, Matrix, Norm
 
 Held = TypeVar("Held", Tensor, Quantized)
+Quantization = Scheme | Literal["int8"] | None  # of what a file holds in high precision
 
 
 class Tensors(Protocol):
@@ -65,7 +66,7 @@ class Weights:
         tensors: Tensors,
         read: Callable[[str], Tensor],
         groups: Groups | None,
-        scheme: Scheme | Literal["int8"] | None = None,
+        scheme: Quantization = None,
         device: torch.device | str | None = None,
     ) -> None:
         """read     gives a tensor of `tensors` (their `reading`)
@@ -84,17 +85,15 @@ class Weights:
     def linear(self, names: Sequence[str], shape: tuple[int, int], *, bias: bool = False, keep: bool = False) -> Matrix:
         """The matrix `[N, K]` whose rows the named layers hold, in order; `keep`: it is never quantized here."""
         added = self.biases(names, shape[0]) if bias else None
-        scheme = None if self.groups is None else common_scheme(names, self.groups)
-        stored = scheme is not None
-        scheme = scheme if stored or keep else self.scheme
-        if scheme is None:
+        own = None if self.groups is None else common_scheme(names, self.groups)
+        if own is not None:
+            inputs = self._input_scale(names) if own.inputs == "static" else None
+            return _frozen(self.stored(names, shape, own), own, added, names[0], inputs)
+        if keep or self.scheme is None:
             return Linear(self.rows(names, shape), added)
-        if scheme == "int8":
+        if isinstance(self.scheme, str):
             return Int8Linear(self.rows(names, shape), added)
-        weight = self.stored(names, shape, scheme) if stored else self.quantized(names, shape, scheme)
-        inputs = self._input_scale(names) if scheme.inputs == "static" else None
-        only = scheme.inputs == "none"
-        return FrozenLinear(weight, scheme.recipe(weight.tile), added, names[0], input_scale=inputs, weight_only=only)
+        return _frozen(self.quantized(names, shape, self.scheme), self.scheme, added, names[0])
 
     def high(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """A tensor that is not FP8, in BF16."""
@@ -187,3 +186,10 @@ class Weights:
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             kind = self.tensors.config.get("model_type")
             raise CheckpointError(f"tensors that belong to no part of a {kind} decoder: {', '.join(left[:3])}{more}.")
+
+
+def _frozen(
+    weight: Quantized, scheme: Scheme, bias: Tensor | None, name: str, inputs: Tensor | None = None
+) -> FrozenLinear:
+    recipe, only = scheme.recipe(weight.tile), scheme.inputs == "none"
+    return FrozenLinear(weight, recipe, bias, name, input_scale=inputs, weight_only=only)
