@@ -261,11 +261,39 @@ def test_a_missing_or_foreign_tensor_is_named(folders, tmp_path):
         load_model(folder)
 
 
-def test_codes_without_a_scheme_are_not_read_as_numbers(quantized, tmp_path):
+@pytest.mark.parametrize("quantization", [None, "fp8", "int8"])
+def test_a_matrix_of_another_width_is_named(folders, tmp_path, quantization):
+    folder = copied(folders("llama"), tmp_path / "bad")
+    retensor(folder, "model.layers.0.self_attn.v_proj.weight", torch.ones(64, 96).bfloat16())
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.v_proj\.weight has shape \[64, 96\].* 128\]"):
+        load_model(folder, quantization=quantization)
+
+
+def test_a_weight_that_is_not_finite_is_not_quantized(folders, tmp_path):
+    folder = copied(folders("llama"), tmp_path / "bad")
+    weight = tensors(folder)["model.layers.0.self_attn.v_proj.weight"].clone()
+    weight[3, 5] = float("nan")
+    retensor(folder, "model.layers.0.self_attn.v_proj.weight", weight)
+    with pytest.raises(CheckpointError, match=r"v_proj\.weight has NaN codes"):
+        load_model(folder, quantization="fp8")
+
+
+def test_training_on_changes_nothing_that_is_served():
+    model = decoder().bfloat16()
+    served = load_model(model)
+    before = alone(served, TEXT[:5])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(alone(served, TEXT[:5]), before)
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8", "int8"])
+def test_codes_without_a_scheme_are_not_read_as_numbers(quantized, tmp_path, quantization):
     folder = copied(quantized("llama", "dynamic"), tmp_path / "unnamed")
     reconfigure(folder, "quantization_config", value=None)
     with pytest.raises(CheckpointError, match=r"is float8_e4m3fn, and config.json gives that layer no scheme"):
-        load_model(folder)
+        load_model(folder, quantization=quantization)
 
 
 def test_a_cache_scale_that_is_none_is_refused(quantized, tmp_path):

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from ...checkpoint.compressed_tensors import Scheme
 from ...checkpoint.export import encode, fp8_layers
 from ...checkpoint.load import groups_of
 from ...checkpoint.quantize import SCHEMES
@@ -33,7 +32,7 @@ from .qwen3 import Qwen3Block
 from .qwen3_moe import Qwen3MoeBlock
 from .random_weights import RandomWeights
 from .served import Block, ServedModel
-from .weights import InMemory, Weights
+from .weights import InMemory, Quantization, Weights
 
 __all__ = ["BLOCKS", "Block", "ServedModel", "load_model", "random_model"]
 
@@ -45,11 +44,7 @@ BLOCKS: dict[str, type[LlamaBlock]] = {
     "mixtral": MixtralBlock,
     "qwen3_moe": Qwen3MoeBlock,
 }
-QUANTIZATIONS: dict[str | None, Scheme | Literal["int8"] | None] = {
-    None: None,
-    "fp8": SCHEMES["dynamic"],
-    "int8": "int8",
-}
+QUANTIZATIONS: dict[str | None, Quantization] = {None: None, "fp8": SCHEMES["dynamic"], "int8": "int8"}
 
 
 def load_model(
@@ -87,7 +82,7 @@ def random_model(
     return read_model(config, RandomWeights(config, scheme_of(quantization), device, seed))
 
 
-def scheme_of(quantization: str | None) -> Scheme | Literal["int8"] | None:
+def scheme_of(quantization: str | None) -> Quantization:
     """How matrices in high precision are quantized as they are read."""
     if quantization not in QUANTIZATIONS:
         raise ConfigError(f"quantization cannot be {quantization!r}. {suggest(quantization, map(str, QUANTIZATIONS))}")

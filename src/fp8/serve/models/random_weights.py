@@ -8,7 +8,7 @@ They are quantized like those of a file. The same seed, shape and kind of device
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,18 +16,14 @@ from torch import Tensor
 from ...checkpoint.compressed_tensors import Scheme
 from ...checkpoint.quantize import quantize_weight
 from ...quantize import Quantized
-from .weights import InMemory, Weights
+from .weights import InMemory, Quantization, Weights
 
 
 class RandomWeights(Weights):
     """Draws what is asked for."""
 
     def __init__(
-        self,
-        config: Mapping[str, Any],
-        scheme: Scheme | Literal["int8"] | None,
-        device: torch.device | str | None,
-        seed: int,
+        self, config: Mapping[str, Any], scheme: Quantization, device: torch.device | str | None, seed: int
     ) -> None:
         super().__init__(InMemory(config, {}), _nothing, None, scheme, device)
         self.generator = torch.Generator(device or "cpu").manual_seed(seed)

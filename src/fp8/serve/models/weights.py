@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ...checkpoint.compressed_tensors import Groups, Scheme, joined
+from ...checkpoint.compressed_tensors import Groups, Scheme, check_values, joined
 from ...checkpoint.fp8_folder import OTHER_PARTS
 from ...checkpoint.load import checked_input, checked_scale, common_scheme
 from ...checkpoint.quantize import quantize_weight
@@ -27,10 +27,11 @@ from ...errors import CheckpointError
 from ...models.huggingface import IGNORED
 from ...nn.frozen_linear import FrozenLinear
 from ...nn.int8_linear import Int8Linear
-from ...quantize import Quantized
+from ...quantize import INPUTS, Quantized
 from .layers import Linear, Matrix, Norm
 
 Held = TypeVar("Held", Tensor, Quantized)
+Quantization = Scheme | Literal["int8"] | None  # of what a file holds in high precision
 
 
 class Tensors(Protocol):
@@ -47,14 +48,14 @@ class Tensors(Protocol):
 
 @dataclass(frozen=True)
 class InMemory:
-    """A checkpoint that was never a file."""
+    """A checkpoint that was never a file. Who reads it gets copies: what is served stays, whatever becomes of these."""
 
     config: Mapping[str, Any]
     entries: Mapping[str, Tensor]
 
     @contextmanager
     def reading(self) -> Iterator[Callable[[str], Tensor]]:
-        yield self.entries.__getitem__
+        yield lambda name: self.entries[name].clone()
 
 
 class Weights:
@@ -65,7 +66,7 @@ class Weights:
         tensors: Tensors,
         read: Callable[[str], Tensor],
         groups: Groups | None,
-        scheme: Scheme | Literal["int8"] | None = None,
+        scheme: Quantization = None,
         device: torch.device | str | None = None,
     ) -> None:
         """read     gives a tensor of `tensors` (their `reading`)
@@ -84,26 +85,19 @@ class Weights:
     def linear(self, names: Sequence[str], shape: tuple[int, int], *, bias: bool = False, keep: bool = False) -> Matrix:
         """The matrix `[N, K]` whose rows the named layers hold, in order; `keep`: it is never quantized here."""
         added = self.biases(names, shape[0]) if bias else None
-        scheme = None if self.groups is None else common_scheme(names, self.groups)
-        stored = scheme is not None
-        scheme = scheme if stored or keep else self.scheme
-        if scheme is None:
+        own = None if self.groups is None else common_scheme(names, self.groups)
+        if own is not None:
+            inputs = self._input_scale(names) if own.inputs == "static" else None
+            return _frozen(self.stored(names, shape, own), own, added, names[0], inputs)
+        if keep or self.scheme is None:
             return Linear(self.rows(names, shape), added)
-        if scheme == "int8":
+        if isinstance(self.scheme, str):
             return Int8Linear(self.rows(names, shape), added)
-        weight = self.stored(names, shape, scheme) if stored else self.quantized(names, shape, scheme)
-        inputs = self._input_scale(names) if scheme.inputs == "static" else None
-        only = scheme.inputs == "none"
-        return FrozenLinear(weight, scheme.recipe(weight.tile), added, names[0], input_scale=inputs, weight_only=only)
+        return _frozen(self.quantized(names, shape, self.scheme), self.scheme, added, names[0])
 
     def high(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """A tensor that is not FP8, in BF16."""
-        tensor = self.take(name)
-        if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
-            raise CheckpointError(
-                f"{name} is {str(tensor.dtype)[6:]}, and config.json gives that layer no scheme: it was quantized by "
-                "other means, or its quantization_config is not its own."
-            )
+        tensor = self._plain(name)
         if shape is not None:
             self._checked([name.removesuffix(".weight")], tensor, shape)
         return tensor.to(device=self.device, dtype=torch.bfloat16)
@@ -121,10 +115,20 @@ class Weights:
         self.used.add(name)
         return self.read(name)
 
+    def _plain(self, name: str) -> Tensor:
+        """A tensor that holds numbers, not codes."""
+        tensor = self.take(name)
+        if tensor.dtype not in INPUTS:
+            raise CheckpointError(
+                f"{name} is {str(tensor.dtype)[6:]}, and config.json gives that layer no scheme: it was quantized by "
+                "other means, or its quantization_config is not its own."
+            )
+        return tensor
+
     def rows(self, names: Sequence[str], shape: tuple[int, int]) -> Tensor:
         """A matrix in BF16."""
-        weight = torch.cat([self.high(f"{name}.weight") for name in names])
-        return self._checked(names, weight, shape)
+        parts = [self._of_width(name, self.high(f"{name}.weight"), shape[1]) for name in names]
+        return self._checked(names, torch.cat(parts), shape)
 
     def biases(self, names: Sequence[str], rows: int) -> Tensor:
         """The biases of a matrix's rows, BF16 [N]."""
@@ -137,14 +141,20 @@ class Weights:
         for name in names:
             kinds = ("weight", self.groups.scale_name)
             weight, scale = (self.take(f"{name}.{kind}").to(self.device) for kind in kinds)
+            codes.append(self._of_width(name, weight, shape[1]))
             scales.append(checked_scale(name, weight, scale, scheme))
-            codes.append(weight)
         return self._checked(names, joined(codes, scales, scheme), shape)
 
     def quantized(self, names: Sequence[str], shape: tuple[int, int], scheme: Scheme) -> Quantized:
         """Codes made here, of the weights as the file stores them."""
-        parts = [quantize_weight(self.take(f"{name}.weight").to(self.device), scheme) for name in names]
-        return self._checked(names, joined([p.codes for p in parts], [p.scale for p in parts], scheme), shape)
+        codes, scales = [], []
+        for name in names:
+            weight = self._of_width(name, self._plain(f"{name}.weight"), shape[1])
+            made = quantize_weight(weight.to(self.device), scheme)
+            check_values(name, made.codes, made.scale)
+            codes.append(made.codes)
+            scales.append(made.scale)
+        return self._checked(names, joined(codes, scales, scheme), shape)
 
     def _input_scale(self, names: Sequence[str]) -> Tensor:
         """The calibrated scale of the input, [1, 1]; where parts have several, the largest, as in vLLM."""
@@ -152,6 +162,12 @@ class Weights:
         kind = self.groups.input_name
         found = [checked_input(name, self.take(f"{name}.{kind}"), self.groups) for name in names]
         return torch.stack(found).amax(0).to(self.device)
+
+    def _of_width(self, name: str, weight: Tensor, width: int) -> Tensor:
+        if weight.dim() != 2 or weight.shape[1] != width:
+            have = list(weight.shape)
+            raise CheckpointError(f"{name}.weight has shape {have}; config.json calls for [..., {width}].")
+        return weight
 
     def _checked(self, names: Sequence[str], held: Held, need: tuple[int, ...]) -> Held:
         if tuple(held.shape) != need:
@@ -187,3 +203,10 @@ class Weights:
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             kind = self.tensors.config.get("model_type")
             raise CheckpointError(f"tensors that belong to no part of a {kind} decoder: {', '.join(left[:3])}{more}.")
+
+
+def _frozen(
+    weight: Quantized, scheme: Scheme, bias: Tensor | None, name: str, inputs: Tensor | None = None
+) -> FrozenLinear:
+    recipe, only = scheme.recipe(weight.tile), scheme.inputs == "none"
+    return FrozenLinear(weight, recipe, bias, name, input_scale=inputs, weight_only=only)
