@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8.errors import ConfigError, RequestError
 from fp8.serve import Engine, EngineOptions, Request, SamplingParams
-from toy_engine import Letters, Toy, all_free, answer, engine, finish, hashed, tokens_of, watch
+from fp8.serve.graphs import Captured, DecodeGraphs
+from fp8.serve.inputs import batch_of, empty, pack, unpack
+from toy_engine import VOCABULARY, Letters, Toy, all_free, answer, engine, finish, hashed, tokens_of, watch
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10)
 
@@ -220,6 +224,39 @@ def test_every_step_of_a_deterministic_engine_has_the_same_rows() -> None:
     assert all(tokens_of(outputs[str(i)]) == greedy([i] * (7 * i + 1), 10) for i in range(5))
 
 
+class Replayed:
+    """What `DecodeGraphs` does, without a graph: the static buffer of each size, filled and looked at."""
+
+    size_for, __call__ = DecodeGraphs.size_for, DecodeGraphs.__call__
+
+    def __init__(self, e: Engine, sizes: list[int]) -> None:
+        self.sizes, self.width = sizes, e.scheduler.pages_for(e.max_model_len)
+        self._captured = {size: self.capture(e, size) for size in sizes}
+        self.replays = 0
+
+    def capture(self, e: Engine, rows: int) -> Captured:
+        buffer, layout = pack(empty(rows, self.width), pin=False)
+        logits = torch.zeros(rows, VOCABULARY)
+
+        def replay() -> None:
+            self.replays += 1
+            logits.copy_(e.model(batch_of(unpack(buffer, layout), e.sampler.last), e.cache))
+
+        return Captured(SimpleNamespace(replay=replay), buffer, logits)
+
+
+def test_filled_batches_of_fixed_sizes_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fp8.serve.graphs.pack", lambda arrays, pin: pack(arrays, False))
+    e = engine(max_running=7)
+    watch(e)
+    e.graphs = Replayed(e, [1, 3, 4])
+    for i in range(6):
+        e.add(Request(str(i), [i] * (5 * i + 1), SamplingParams(temperature=0, max_tokens=4 + 3 * i)))
+    outputs = finish(e)
+    assert all(tokens_of(outputs[str(i)]) == greedy([i] * (5 * i + 1), 4 + 3 * i) for i in range(6))
+    assert e.graphs.replays >= 9
+
+
 @pytest.mark.parametrize(
     ("request_", "told"),
     [
@@ -227,6 +264,7 @@ def test_every_step_of_a_deterministic_engine_has_the_same_rows() -> None:
         (Request("x", [1] * 60), "cut the prompt, or give the engine more pages"),
         (Request("x", [1, 40]), "token 40, which is not in the vocabulary of 40"),
         (Request("x", [1, -1]), "token -1"),
+        (Request("x", [1.5]), r"token 1\.5"),
         (Request("x", [1], SamplingParams(logit_bias={77: 1.0})), "logit_bias of request 'x' holds token 77"),
         (Request("x", [1], SamplingParams(stop="a")), "no tokenizer"),
         (Request("here", [1]), "there is a request 'here' already"),

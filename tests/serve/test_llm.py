@@ -9,12 +9,14 @@ import sys
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import fp8
 import tiny_models
 from fp8.cli import main
 from fp8.errors import ConfigError, DataError, RequestError
 from fp8.serve import SamplingParams
+from fp8.serve.command import Conversation
 from toy_engine import all_free
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
@@ -133,6 +135,7 @@ def test_arguments_that_nothing_answers_to_are_refused(folder: Any, arguments: d
         (["a", "b"], [SamplingParams()], "2 prompts and 1 sampling_params"),
         ([3.5], None, "a prompt is a text"),
         ([[999]], None, "token 999"),
+        ([[1, 2.5]], None, "whole numbers; got"),
         ([{"text": "a"}], None, "a prompt is a text"),
     ],
 )
@@ -140,6 +143,27 @@ def test_one_bad_prompt_refuses_the_call(llm: fp8.LLM, prompts: Any, params: Any
     with pytest.raises(RequestError, match=told):
         llm.generate(prompts, params, use_tqdm=False)
     assert all_free(llm.engine)
+
+
+def test_a_stopped_answer_stays_said_and_frees_its_pages(llm: fp8.LLM, monkeypatch: Any) -> None:
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    screen = Console(file=io.StringIO(), soft_wrap=True)
+    talk = Conversation(llm, params, None, screen)
+    show, shown = screen.print, []
+
+    def interrupted(piece: Any = "", **style: Any) -> None:
+        shown.append(piece)
+        if len(shown) == 5:
+            raise KeyboardInterrupt
+        show(piece, **style)
+
+    monkeypatch.setattr(screen, "print", interrupted)
+    talk.answer("hi")
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"]
+    assert talk.messages[-1]["content"] == "".join(shown[:5]) and "(stopped)" in shown[5]
+    assert all_free(llm.engine)
+    talk.answer("oh")
+    assert len(talk.messages) == 4
 
 
 def test_a_chat_in_the_terminal(folder: Any, capsys: Any, monkeypatch: Any) -> None:

@@ -140,9 +140,9 @@ class Engine:
             )
         named = {"the prompt": prompt, "logit_bias": p.logit_bias or {}, "stop_token_ids": p.stop_token_ids or ()}
         for what, tokens in named.items():
-            if wrong := [t for t in tokens if not 0 <= t < vocabulary]:
+            if wrong := [t for t in tokens if not (isinstance(t, int) and 0 <= t < vocabulary)]:
                 raise RequestError(
-                    f"{what} of request {name!r} holds token {wrong[0]}, which is not in the vocabulary of "
+                    f"{what} of request {name!r} holds token {wrong[0]!r}, which is not in the vocabulary of "
                     f"{vocabulary}: another tokenizer made it."
                 )
         if p.stop and self.tokenizer is None:

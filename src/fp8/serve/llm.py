@@ -9,6 +9,7 @@ finish_reason="error".
 from __future__ import annotations
 
 import itertools
+import operator
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -213,7 +214,7 @@ class LLM:
         if not isinstance(inner, str | Sequence):
             raise RequestError(f"a prompt is a text, a list of tokens, or one of both under its name; not {prompt!r}.")
         text = inner if isinstance(inner, str) else None
-        tokens = self.get_tokenizer().encode(inner) if isinstance(inner, str) else [int(token) for token in inner]
+        tokens = self.get_tokenizer().encode(inner) if isinstance(inner, str) else numbers(inner)
         outputs = [CompletionOutput(i) for i in range(params.n)]
         return RequestOutput(str(next(self._numbers)), text, tokens, outputs)
 
@@ -255,6 +256,14 @@ def listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Many prompts, where one may have been given."""
     single = isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int))
     return [prompts] if single else list(prompts)  # type: ignore[list-item,arg-type]
+
+
+def numbers(tokens: Sequence[Any]) -> list[int]:
+    """Token numbers, from whatever counts as whole numbers (NumPy's and torch's too)."""
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError:
+        raise RequestError(f"a prompt's tokens are whole numbers; got {list(tokens)[:5]!r}.") from None
 
 
 def refuse(others: Mapping[str, Any]) -> None:
