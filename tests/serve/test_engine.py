@@ -224,6 +224,35 @@ def test_every_step_of_a_deterministic_engine_has_the_same_rows() -> None:
     assert all(tokens_of(outputs[str(i)]) == greedy([i] * (7 * i + 1), 10) for i in range(5))
 
 
+class Interrupted(Toy):
+    """Raises every third time, half-way: some of the step's tokens are stored, wrongly."""
+
+    def __call__(self, batch: Any, cache: Any) -> Any:
+        self.rows.append(0)
+        if len(self.rows) % 3 == 0:
+            cache.tokens[batch.slots[batch.slots >= 0]] = 17
+            raise KeyboardInterrupt
+        return super().__call__(batch, cache)
+
+
+@pytest.mark.parametrize("budget", [5, 64])
+def test_an_interrupted_step_is_computed_anew(budget: int) -> None:
+    e = engine(Interrupted(), max_step_tokens=budget)
+    params = SamplingParams(temperature=0, max_tokens=10, presence_penalty=1.0)
+    for i in range(4):
+        e.add(Request(str(i), [1, 2] * 5, params))
+    got: dict[str, list[int]] = {}
+    while e.has_work():
+        try:
+            outputs = e.step()
+        except KeyboardInterrupt:
+            continue
+        for output in outputs:
+            got.setdefault(output.id, []).extend(output.new_tokens)
+    want = tokens_of(answer([1, 2] * 5, params))
+    assert all(tokens == want for tokens in got.values()) and len(got) == 4 and all_free(e)
+
+
 class Replayed:
     """What `DecodeGraphs` does, without a graph: the static buffer of each size, filled and looked at."""
 

@@ -18,7 +18,8 @@ number.
 **One bad request** does not harm others: what cannot be served is refused by `add`, with a reason; a row of logits that
 is not finite ends its own request with finished="error", and its pages are not found by anybody again.
 
-Not thread-safe: one thread calls everything. After an exception out of `step` an engine is not to be used again.
+**Interrupted.** If launching raises (Ctrl-C, mostly), whoever was in that step is computed anew, and what the step
+would have written is not found by anybody; the engine goes on. Not thread-safe: one thread calls everything.
 """
 
 from __future__ import annotations
@@ -157,8 +158,12 @@ class Engine:
     def step(self) -> list[Output]:
         """Launch one more step, if there is work, and tell what became of requests in the step before."""
         work = self.scheduler.plan()
-        with self._there():
-            launched = self._launch(work) if work else None
+        try:
+            with self._there():
+                launched = self._launch(work) if work else None
+        except BaseException:
+            self._undo(work)
+            raise
         ended, self._ended = self._ended, []
         outputs = ended + (self._settle(self._flight) if self._flight else [])
         self._flight = launched
@@ -224,6 +229,12 @@ class Engine:
         tokens = np.array([w.sequence.tokens[p + 1] for w in told for p in w.told], dtype=np.int64)
         most = max(w.sequence.request.params.prompt_logprobs or 0 for w in told)
         return tell(logits[: len(tokens)], send({"tokens": tokens}, self.device)["tokens"], most)
+
+    def _undo(self, work: list[Work]) -> None:
+        """Take back a step that was planned and not launched; what the step before gave is told by the next one."""
+        self.scheduler.undo(work)
+        flight, self._flight = self._flight, None
+        self._ended += self._settle(flight) if flight else []
 
     # ------------------------------------------------------------------ settling
 

@@ -84,6 +84,16 @@ class Scheduler:
             self._admit(work)
         return work
 
+    def undo(self, work: list[Work]) -> None:
+        """Take back a plan that was not carried out: its sequences wait again, and none of the pages it was to write is
+        found."""
+        for w in sorted(work, key=lambda w: w.sequence.order, reverse=True):
+            for page in w.sequence.pages[w.start // self.page_size :]:
+                self.pool.forget(page)
+            w.sequence.pending -= w.sampled
+            w.sequence.told -= len(w.told)
+            self._preempt(w.sequence)
+
     def remove(self, sequence: Sequence) -> None:
         """Free everything that a finished sequence holds, wherever it is."""
         if sequence.seat is None:
