@@ -17,7 +17,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from . import __version__
-from .advise.command import plan_command, profile_command
+from .advise.command import estimate_command, plan_command, profile_command
 from .bench.command import command as bench_command
 from .calibrate.command import quantize_command, verify_command
 from .calibrate.qat_command import qat_command
@@ -168,6 +168,7 @@ app.command("lint")(lint_command)
 app.command("verify")(verify_command)
 app.command("eval")(eval_command)
 app.command("report")(report_command)
+app.command("estimate")(estimate_command)
 app.command("generate")(generate_command)
 app.command("chat")(chat_command)
 app.command("bench")(bench_command)
