@@ -107,7 +107,8 @@ def test_dollars_are_the_price_over_what_an_hour_makes() -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [({"context": 0}, "context must be above 0"), ({"share": 1.5}, "share is a part of a whole"),
-     ({"price": -1}, "price"), ({"memory_fraction": float("nan")}, "memory-fraction must be"), ({"batch": -3}, "batch")],
+     ({"price": -1}, "price"),
+     ({"memory_fraction": float("nan")}, "memory-fraction must be"), ({"batch": -3}, "batch")],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_named(asked: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -17,6 +17,7 @@ MEASUREMENTS = {
     "gemm": "FP8 products beside BF16",
     "optimizer": "AdamW and the weights' codes, beside torch's fused AdamW",
     "train": "training steps beside BF16, torchao and TransformerEngine",
+    "serve": "decoding and prompts in BF16, INT8, FP8 and FP8 with an FP8 cache, against their floors",
     "rates": "what `fp8 plan` goes by: products, casts, attention, launches",
     "plan": "five steps, predicted beside measured",
     "emulation": "the emulated accumulator against the real one, whole outputs",
