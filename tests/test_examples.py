@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fp8
+from fp8.errors import ConfigError
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
@@ -61,7 +62,8 @@ def run(name: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, Counter[str
 
 def test_every_example_is_tested_and_listed() -> None:
     assert NAMES == [
-        "block_quantization", "dynamic_scaler", "fp8_gemm", "hyperparameters", "qat_loop", "train_tiny_transformer"
+        "block_quantization", "dynamic_scaler", "fp8_gemm", "hyperparameters", "qat_loop", "serve_elsewhere",
+        "train_tiny_transformer",
     ]  # fmt: skip
     listed = (EXAMPLES / "README.md").read_text()
     assert all(f"`{name}.py`" in listed for name in NAMES)
@@ -154,3 +156,29 @@ def test_settings_for_books_are_settings_of_a_run() -> None:
 
     settings = TrainConfig.from_toml(EXAMPLES / "books.toml")
     assert settings.tokens_per_step == 65536 and settings.graph and settings.fp8_recipe is not None
+
+
+def test_servers_elsewhere_get_the_flags_that_the_files_scales_ask_for(capsys) -> None:  # type: ignore[no-untyped-def]
+    """And the page on serving at scale has the same lines, for the same checkpoints."""
+    printed, _ = run("serve_elsewhere", capsys)
+    for line in (
+        "vllm serve per-head --kv-cache-dtype fp8 --attention-backend FLASH_ATTN",
+        "fp8 convert per-head per-head-sglang --for sglang",
+        "python -m sglang.launch_server --model-path per-head-sglang --kv-cache-dtype fp8_e4m3",
+        "vllm serve per-tensor --tensor-parallel-size 2 --data-parallel-size 2 --kv-cache-dtype fp8",
+        "python -m sglang.launch_server --model-path per-tensor --tp 2 --dp 2 --kv-cache-dtype fp8_e4m3",
+        "vllm serve no-kv-scales --kv-cache-dtype fp8_per_token_head",
+        "fp8 serve per-tensor",
+    ):
+        assert f"    {line}\n" in printed
+        assert line in (EXAMPLES.parent / "docs" / "serving-at-scale.md").read_text()
+
+
+def test_a_model_that_cannot_be_cut_so_is_told(tmp_path: Path) -> None:
+    example = load("serve_elsewhere")
+    folder = example.checkpoints(tmp_path)["one a tensor"]
+    assert example.commands(folder, 2)["fp8"][1] == f"CUDA_VISIBLE_DEVICES=1 fp8 serve {folder} --port 8001 &"
+    with pytest.raises(ConfigError, match="num_attention_heads=4 does not divide into 8"):
+        example.commands(folder, 8, 8)
+    with pytest.raises(ConfigError, match="3 GPUs cannot be grouped by 2"):
+        example.commands(folder, 3, 2)

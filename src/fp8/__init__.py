@@ -31,10 +31,12 @@ from .tile import Tile
 if TYPE_CHECKING:
     from . import advise
     from .calibrate.qat import finalize, prepare_qat
+    from .serve import LLM, SamplingParams
     from .train.optimizer import adjust_hyperparameters
 
 __all__ = [
     "FORMATS",
+    "LLM",
     "AdamW",
     "Conv2d",
     "Format",
@@ -43,6 +45,7 @@ __all__ = [
     "Quantized",
     "Recipe",
     "Report",
+    "SamplingParams",
     "Tile",
     "TransformerLayer",
     "adjust_hyperparameters",
@@ -74,6 +77,8 @@ def __getattr__(name: str) -> Any:
         return adjust_hyperparameters
     if name in ("prepare_qat", "finalize"):
         return getattr(importlib.import_module(".calibrate.qat", __name__), name)
+    if name in ("LLM", "SamplingParams"):
+        return getattr(importlib.import_module(".serve", __name__), name)
     if name == "advise":
         return importlib.import_module(".advise", __name__)
     raise AttributeError(f"module 'fp8' has no attribute {name!r}")

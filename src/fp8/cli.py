@@ -17,7 +17,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from . import __version__
-from .advise.command import plan_command, profile_command
+from .advise.command import estimate_command, plan_command, profile_command
 from .bench.command import command as bench_command
 from .calibrate.command import quantize_command, verify_command
 from .calibrate.qat_command import qat_command
@@ -25,6 +25,7 @@ from .checkpoint.command import convert_command, lint_command
 from .errors import Fp8Error
 from .evaluate.command import command as eval_command
 from .report.command import report_command
+from .serve.command import chat_command, generate_command
 from .train.command import command as train_command
 
 app = typer.Typer(
@@ -167,47 +168,9 @@ app.command("lint")(lint_command)
 app.command("verify")(verify_command)
 app.command("eval")(eval_command)
 app.command("report")(report_command)
-
-
-@app.command()
-def generate(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint: FP8 (compressed-tensors) or a Hugging Face Llama.")],
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "Call me Ishmael.",
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw among the k likeliest only; 0: among all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
-    kv_cache_dtype: Annotated[str, typer.Option(help="fp8 (E4M3), e5m2, bf16 or fp32.")] = "fp8",
-    tokenizer: Annotated[str | None, typer.Option(help="'bytes' or a tokenizer.json; else the checkpoint's.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-) -> None:
-    """Go on from a prompt, over an FP8 KV cache; text appears as it is made.
-
-    [bold]Examples[/]
-
-    [cyan]fp8 generate runs/demo/fp8 --prompt "The whale"[/]  the likeliest text
-
-    [cyan]fp8 generate runs/demo/fp8 --temperature 0.8 --top-k 40 --seed 1[/]  a drawn one
-    """
-    from .checkpoint import end_of_text, load, tokenizer_name
-    from .models import Sampling, stream, text_pieces
-    from .train.loop import device_of
-    from .train.tokenizer import tokenizer_of
-
-    sampling = Sampling(temperature, top_k, seed)
-    model = load(folder, device_of(device))
-    name = tokenizer or tokenizer_name(folder)
-    if name is None:
-        raise Fp8Error(f"{folder} has no tokenizer: name one by --tokenizer (a tokenizer.json, or 'bytes').")
-    words = tokenizer_of(name)
-    start, ends = [int(token) for token in words.encode(prompt)], end_of_text(folder)
-    tokens = stream(model, start, max_tokens, sampling=sampling, end_of_text=ends, kv_cache_dtype=kv_cache_dtype)
-    typer.echo(prompt, nl=False)
-    for piece in text_pieces((token for token in tokens if token not in ends), words.decode):
-        typer.echo(piece, nl=False)
-    typer.echo()
-
-
+app.command("estimate")(estimate_command)
+app.command("generate")(generate_command)
+app.command("chat")(chat_command)
 app.command("bench")(bench_command)
 
 

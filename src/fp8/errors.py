@@ -10,7 +10,8 @@
     ├── ConvertError      a module that cannot be converted, or converted twice
     ├── DataError         text, tokens or a tokenizer that cannot be used
     ├── CheckpointError   a file that is missing, truncated, or written by another recipe or version
-    └── ConfigError       a setting that is unknown or out of range
+    ├── ConfigError       a setting that is unknown or out of range
+    └── RequestError      a request that the serving engine cannot take
 
 Each message says what was given, what is needed, and how to get there. `ValueError` is for users, `assert` for
 ourselves.
@@ -64,6 +65,10 @@ class CheckpointError(Fp8Error):
 
 class ConfigError(Fp8Error):
     """A setting that is unknown or out of range."""
+
+
+class RequestError(Fp8Error):
+    """A request that the serving engine cannot take: its prompt, its id or its sampling parameters."""
 
 
 def suggest(word: object, known: Iterable[str]) -> str:

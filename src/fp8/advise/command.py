@@ -1,4 +1,4 @@
-"""`fp8 plan` and `fp8 profile`: flags to the public functions, and their answers to the screen."""
+"""`fp8 plan`, `fp8 profile` and `fp8 estimate`: flags to the public functions, and their answers to the screen."""
 
 from __future__ import annotations
 
@@ -78,6 +78,46 @@ def profile_command(
     if out is not None:
         found.save(out)
     _show(found.to_dict() if as_json else draw_profile(found), as_json)
+
+
+def estimate_command(
+    model: Annotated[str, typer.Argument(help="A name, a config.json or its folder, or a run of fp8 train.")],
+    gpu: Annotated[list[str] | None, typer.Option(help="A100, H100, H200, B200, MI300X, MI355X, or all.")] = None,
+    context: Annotated[int, typer.Option("--context", "-c", help="Tokens that each sequence holds.")] = 8192,
+    batch: Annotated[int | None, typer.Option("--batch", "-b", help="Sequences at a time; else what fits.")] = None,
+    prompt: Annotated[int | None, typer.Option(help="Tokens of a prompt; else those of --context.")] = None,
+    price: Annotated[float | None, typer.Option(help="Dollars of one GPU for an hour.")] = None,
+    share: Annotated[float, typer.Option(help="Of the floor's speed that is reached; fp8 bench serve tells.")] = 1.0,
+    memory_fraction: Annotated[float, typer.Option(help="Of the GPU's memory that the server takes.")] = 0.9,
+    max_running: Annotated[int, typer.Option(help="Most sequences at a time.")] = 256,
+    static_scales: Annotated[bool, typer.Option("--static-scales", help="The file has the cache's scales.")] = False,
+    as_json: Annotated[bool, AS_JSON] = False,
+) -> None:
+    """Estimate serving a model: memory, users, ms a token, prompts, dollars, in BF16 and FP8. Needs no GPU.
+
+    [bold]Examples[/]
+
+    [cyan]fp8 estimate llama-3-8b --gpu H200 --price 3.50[/]  one GPU in full
+
+    [cyan]fp8 estimate llama-3-70b --gpu all --context 4096[/]  the GPUs side by side
+    """
+    from ..cost.datasheets import SHEETS
+    from .estimate import estimate
+    from .estimate_table import draw_estimate, draw_estimates
+
+    names = gpu or ["H200"]
+    names = list(SHEETS) if [name.lower() for name in names] == ["all"] else names
+    found = [
+        estimate(
+            model, name, context=context, batch=batch, prompt=prompt, price=price, share=share,
+            memory_fraction=memory_fraction, max_running=max_running, static_scales=static_scales,
+        )
+        for name in names
+    ]  # fmt: skip
+    if as_json:
+        _show([one.to_dict() for one in found] if len(found) > 1 else found[0].to_dict(), as_json)
+    else:
+        _show(draw_estimate(found[0]) if len(found) == 1 else draw_estimates(found), as_json)
 
 
 def _show(what: Any, as_json: bool) -> None:

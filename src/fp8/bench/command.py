@@ -18,6 +18,7 @@ MEASUREMENTS = {
     "optimizer": "AdamW and the weights' codes, beside torch's fused AdamW",
     "train": "training steps beside BF16, torchao and TransformerEngine",
     "conv": "FP8 convolutions, forward and backward, beside cuDNN's BF16",
+    "serve": "decoding and prompts in BF16, INT8, FP8 and FP8 with an FP8 cache, against their floors",
     "rates": "what `fp8 plan` goes by: products, casts, attention, launches",
     "plan": "five steps, predicted beside measured",
     "emulation": "the emulated accumulator against the real one, whole outputs",

@@ -1,0 +1,125 @@
+"""`fp8 bench serve` where it cannot be timed: every arm runs, what is counted is what was asked, and it is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fp8.advise.models import named
+from fp8.bench import serve, serve_peers
+from fp8.bench.serve import ARMS, Clock, Row, article, config_of, floor_seconds, percentiles, row_of
+from fp8.cost.datasheets import SHEETS
+from fp8.errors import ConfigError
+from fp8.models.huggingface import to_config
+from fp8.models.llama import DecoderConfig
+from fp8.serve import Output
+from fp8.serve.models import random_model
+
+TINY = to_config(DecoderConfig(260, 64, 96, 2, 4, 2, max_positions=256), torch.bfloat16)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    return tmp_path
+
+
+def test_every_arm_runs_and_is_written_and_drawn(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    serve.main(["--model", str(folder), "--rows", "1x20", "16x8", "--tokens", "4", "--out", str(folder / "out"),
+                "--device", "cpu"])  # fmt: skip
+    out = capsys.readouterr().out
+    arms = json.loads((folder / "out" / "serve.json").read_text())["results"]["arms"]
+    assert list(arms) == list(ARMS)
+    for arm in arms.values():
+        assert list(arm["rows"]) == ["1 x 20", "16 x 8"]
+        assert all(0 < got["itl"]["p50"] <= got["itl"]["p99"] for got in arm["rows"].values())
+        assert all(got["ttft"]["p50"] <= got["prefill_seconds"] < got["e2e"]["p50"] for got in arm["rows"].values())
+    matrices = [arms[name]["matrix_bytes"] for name in ("BF16", "FP8")]
+    assert 0.5 < matrices[1] / matrices[0] < 0.56, "codes, and a scale a channel"
+    assert "-36.8%" in out and "+58.7%" in out
+    assert (folder / "out" / "serve.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("batch", "prompt"), [(3, 40), (16, 33), (1, 100)])
+def test_every_sequence_is_in_as_many_steps_as_were_asked(
+    batch: int, prompt: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts enter in chunks, and the first sequence must not end before the last has begun."""
+    monkeypatch.setattr(serve, "CHUNK", 48)
+    model, clocks = random_model(TINY), []
+
+    class Kept(Clock):
+        def __init__(self, row: Row) -> None:
+            super().__init__(row)
+            clocks.append(self)
+
+    monkeypatch.setattr(serve, "Clock", Kept)
+    found = serve.run_row(model, Row(batch, prompt, 6), "fp8")
+    assert len(clocks[-1].steps) >= 6
+    assert len(clocks[-1].ended) == batch
+    assert found["cache_bytes"] > 0
+
+
+def test_a_clock_counts_only_steps_that_have_all() -> None:
+    clock = Clock(Row(2, 4, 4))
+    for came in (["a"], ["a", "b"], ["a", "b"], ["a", "b"], ["b"]):
+        clock.tick([Output(name, [1], "", None) for name in came])
+    assert len(clock.steps) == 2
+    clock.tick([Output(name, [1], "", "length") for name in ("a", "b")])
+    assert clock.figures()["tokens_per_second"] == pytest.approx(6 / sum(clock.steps))
+
+
+def test_percentiles_are_values_that_were_measured() -> None:
+    assert percentiles([float(i) for i in range(1, 101)]) == {"p50": 50.5, "p90": 90.0, "p99": 99.0}
+    assert percentiles([3.0]) == {"p50": 3.0, "p90": 3.0, "p99": 3.0}
+
+
+def test_a_floor_is_half_where_bytes_are_half() -> None:
+    row, sizes = Row(64, 8192), named("llama-3-8b")
+    high, _, weights, both = (floor_seconds(sizes, arm, row, SHEETS["H200"]) for arm in ARMS)
+    assert 1.85 < high / both < 2
+    assert high > weights > both
+
+
+def test_names_and_files_become_the_same_shape(folder: Path) -> None:
+    assert config_of(str(folder)) == config_of(str(folder / "config.json")) == TINY
+    made = config_of("llama-3-8b")
+    assert (made["hidden_size"], made["num_hidden_layers"], made["num_key_value_heads"]) == (4096, 32, 8)
+    with pytest.raises(ConfigError, match="Did you mean 'llama-3-8b'"):
+        config_of("llama-3-8")
+
+
+@pytest.mark.parametrize("text", ["16", "x4", "0x4", "axb", "-1x4"])
+def test_what_is_no_row_is_named(text: str) -> None:
+    with pytest.raises(ConfigError, match="batch x prompt"):
+        row_of(text, 64)
+
+
+def test_an_arm_without_room_says_so_and_the_table_leaves_it_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    monkeypatch.setattr(serve, "run_row", fail)
+    found = serve.run_arm("FP8", str(folder), [Row(1, 8)], "cpu")
+    assert found["rows"]["1 x 8"] == {"why_not": "CUDA out of memory."}
+    assert article({"BF16": found, "FP8 + FP8 KV": found}, [Row(16, 8)]) == []
+
+
+def test_a_peer_that_is_missing_or_unknown_gives_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    assert serve_peers.run(None, TINY, [Row(1, 8)], "cpu") == {}
+    found = serve_peers.run(["vLLM FP8", "llama.cpp"], TINY, [Row(1, 8)], "cpu")
+    if "rows" not in found["vLLM FP8"]:
+        assert "not installed" in found["vLLM FP8"]["why_not"]
+    assert "known are" in found["llama.cpp"]["why_not"]
+
+
+def test_transformers_answers_the_same_rows() -> None:
+    pytest.importorskip("transformers")
+    found = serve_peers.transformers(TINY, [Row(2, 8, 4)], "cpu")
+    assert found["2 x 8"]["prefill_seconds"] > 0
