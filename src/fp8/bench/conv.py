@@ -51,10 +51,15 @@ def row(shape: tuple[int, int, int, int, int], recipe: str) -> dict[str, Any]:
     """One shape: milliseconds of both, and what `convert(only_if_faster=True)` would have said."""
     batch, inputs, outputs, size, kernel = shape
     torch.manual_seed(0)
-    last = {"memory_format": torch.channels_last}
-    layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False, dtype=torch.bfloat16).cuda().to(**last)
-    x = torch.randn(batch, inputs, size, size, device="cuda", dtype=torch.bfloat16).to(**last).requires_grad_()
-    grad = torch.randn(batch, outputs, size, size, device="cuda", dtype=torch.bfloat16).to(**last)
+    layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False, dtype=torch.bfloat16, device="cuda")
+    layer = layer.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    x, grad = (
+        torch.randn(batch, channels, size, size, device="cuda", dtype=torch.bfloat16).contiguous(
+            memory_format=torch.channels_last
+        )
+        for channels in (inputs, outputs)
+    )
+    x.requires_grad_()
     high = milliseconds(layer, x, grad)
     fp8.convert(layer, recipe)
     low = milliseconds(layer, x, grad)

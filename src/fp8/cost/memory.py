@@ -30,8 +30,8 @@ SAVED: dict[str, dict[str, float]] = {
 }
 EAGER_MORE = {"h": 2.0}  # SiLU of the gate, which compiled code computes again
 # Bytes of a block's backward beside what was saved, an element of `up`: fitted to the peaks of `fp8 bench train`.
-WORKSPACE = {"bf16": 4.5, "fp8": 3.7}
-LOGITS = {"compiled": 4.0, "eager": 10.0}
+WORKSPACE = {"bf16": 2.4, "fp8": 3.5}
+LOGITS = {"compiled": 2.0, "eager": 10.0}
 WIDE = {"x": 4.0}  # two residuals in FP32, where parameters are FP32 under autocast
 ENDS = 6.0  # the stack's input, output and the gradient of one of them, an element of x
 GIB = 2**30
@@ -101,4 +101,13 @@ def _codes(model: Architecture, setting: Setting) -> float:
         head = model.head_product.parameters
         low, high = (low + head, high) if setting.recipe is not None and setting.head_fp8 else (low, high + head)
     copies = 2.0 * high if setting.weights == 4 and setting.shards == 1 else 0.0
-    return (2.0 if setting.optimizer else 1.0) * low / setting.shards + copies
+    held = 2.0 * low if setting.optimizer else low - _made_again(model, setting)
+    return held / setting.shards + copies
+
+
+def _made_again(model: Architecture, setting: Setting) -> float:
+    """Weight codes that the backward of a fused block makes anew (`nn/fused.py`): those of `up`, with one scale."""
+    recipe = setting.recipe
+    if recipe is None or not setting.fused or str(recipe.w.tile) != "tensor":
+        return 0.0
+    return sum(p.parameters for p in model.products() if p.name == "up" and setting.recipe_of(p) is not None)
