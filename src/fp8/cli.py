@@ -26,6 +26,7 @@ from .errors import Fp8Error
 from .evaluate.command import command as eval_command
 from .report.command import report_command
 from .serve.command import chat_command, generate_command
+from .serve.http.command import serve_command
 from .train.command import command as train_command
 
 app = typer.Typer(
@@ -171,6 +172,7 @@ app.command("report")(report_command)
 app.command("estimate")(estimate_command)
 app.command("generate")(generate_command)
 app.command("chat")(chat_command)
+app.command("serve")(serve_command)
 app.command("bench")(bench_command)
 
 

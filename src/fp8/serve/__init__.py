@@ -8,6 +8,7 @@
     graphs.py                   a decode step as one CUDA graph
     engine.py                   all of it, a step at a time
     llm.py, command.py          the doors: `fp8.LLM`, `fp8 generate`, `fp8 chat`
+    http/                       the door for everybody else: `fp8 serve`
 
 Read `engine.py` first, then `scheduler.py`.
 """
