@@ -159,7 +159,7 @@ FIELDS = ["prompt", "messages", "n", "temperature", "stop", "logit_bias", "strea
           "max_tokens", "stream_options", "min_p", "tools", "stop_token_ids", "suffix", "top_logprobs"]  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3), base=st.sampled_from([TEXT, CHAT, {}]))
 def test_any_json_is_served_or_refused(client: httpx2.Client, body: dict[str, Any], base: dict[str, Any]) -> None:
     path = "/v1/chat/completions" if "messages" in base else "/v1/completions"
@@ -176,7 +176,7 @@ def test_schemathesis_finds_no_server_error(door: Any) -> None:
         for operation in schema.get_all_operations():
             served = operation.ok()
 
-            @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck))
             @given(case=served.as_strategy())
             def visit(case: Any) -> None:
                 response = case.call()

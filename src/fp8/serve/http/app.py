@@ -206,8 +206,7 @@ class Routes:
                 piece = choice.piece(output)
                 if output.finished and output.id.endswith("-0"):
                     answer.cached += output.cached_tokens
-                if output.new_text or output.finished or piece["logprobs"] is not None or piece.get("text"):
-                    yield answer.piece([piece], none)
+                yield answer.piece([piece], none)
         except Exception as error:  # noqa: BLE001  the status is sent: what is left is to say so
             yield event(refusal_of(error).body())
         else:
@@ -278,7 +277,7 @@ async def refused(_: HttpRequest, error: Exception) -> Response:
     return Response(status_code=499) if isinstance(error, Leaving) else refusal_of(error).response()
 
 
-def refusal_of(error: Exception) -> Refusal:
+def refusal_of(error: Any) -> Refusal:
     """An exception in OpenAI's words."""
     if isinstance(error, Refusal):
         return error

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from ..request import EngineStats, Output
 
@@ -84,8 +84,12 @@ class Metrics:
     def text(self, stats: EngineStats | None, model: str) -> str:
         """Everything, as Prometheus reads it; without what the engine counts where there is none to ask."""
         label: Labels = (("model_name", model),)
-        finished = {(*label, ("finished_reason", how)): n for how, n in sorted(self.finished.items())}
-        responses = {(("path", path), ("status", status)): n for (path, status), n in sorted(self.responses.items())}
+        finished: dict[Labels, float] = {
+            (*label, ("finished_reason", how)): n for how, n in sorted(self.finished.items())
+        }
+        responses: dict[Labels, float] = {
+            (("path", path), ("status", status)): n for (path, status), n in sorted(self.responses.items())
+        }
         lines = [*self._of_engine(stats, label)] if stats is not None else []
         lines += family("request_success_total", "counter", "Requests that ended, by how.", finished)
         lines += family("http_requests_total", "counter", "HTTP responses, by path and status.", responses)
@@ -114,7 +118,7 @@ class Metrics:
             yield from family(name, kind, told, {label: value})
 
 
-def family(name: str, kind: str, told: str, values: dict[Labels, float]) -> list[str]:
+def family(name: str, kind: str, told: str, values: Mapping[Labels, float]) -> list[str]:
     """One metric: its help, its type, a line for each set of labels."""
     head = [f"# HELP fp8:{name} {told}", f"# TYPE fp8:{name} {kind}"]
     return head + [f"fp8:{name}{braces(labels)} {value:g}" if isinstance(value, float)
