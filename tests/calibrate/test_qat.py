@@ -4,6 +4,7 @@ same bytes."""
 from __future__ import annotations
 
 import copy
+import itertools
 import subprocess
 import sys
 
@@ -65,8 +66,10 @@ def same(a, b):
 # --------------------------------------------------------------------------- the codes
 
 
-@pytest.mark.parametrize("scheme", list(SCHEMES))
-@pytest.mark.parametrize("rounding", ["power_of_two", "none"])
+@pytest.mark.parametrize(
+    ("scheme", "rounding"),
+    [*itertools.product(SCHEMES, ("power_of_two", "none")), ("dynamic", "search"), ("weight-only", "search")],
+)
 def test_finalize_leaves_the_codes_that_the_export_writes(tmp_path, scheme, rounding):
     """After training, in every byte of codes, scales and logits; and `verify` says so of the saved model."""
     model = llama()

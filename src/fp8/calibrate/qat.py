@@ -66,7 +66,8 @@ def prepare_qat(
     kv              "head": keys and values with one scale a head, as a checkpoint for vLLM has; "token": with one a
                     token and head, as the cache of this library has; None: they stay
     head            also the output head
-    scale_rounding  "power_of_two" or "none" (amax / 448)
+    scale_rounding  "power_of_two", "none" (amax / 448), or "search": the weights' best, looked for anew at every
+                    rounding (23 candidates: next to nothing on a GPU, most of a step's time on a CPU)
     scales          calibrated scales of static inputs and of KV heads; else the largest magnitude in training counts
 
     Returns which layers are rounded and why the others are not. Raises `ConfigError` for a setting that is unknown,
@@ -79,8 +80,6 @@ def prepare_qat(
     if any(isinstance(part, FakeProducts) for part in model.modules()):
         raise ConvertError("this model is prepared already: fp8.revert(model) first.")
     options = Options(scheme, (skip,) if isinstance(skip, str) else tuple(skip), head, scale_rounding)
-    if options.layout.searched:
-        raise ConfigError("scale_rounding='search' is for weights that stay: training moves them. Use power_of_two.")
     cached = attention_modules(model) if kv else {}
     if kv and not cached:
         raise ConvertError("no attention of this model is known to fill a KV cache: leave out kv.")
@@ -148,6 +147,7 @@ def _round_products(model: nn.Module, scheme: Scheme, scales: Scales | None) -> 
                     recipe,
                     part.name,
                     weight_only=scheme.inputs == "none",
+                    searched=scheme.searched,
                     inputs=_input_scale(part.name, scales, recipe) if scheme.inputs == "static" else None,
                 )
                 fake.train(parent.training).to(next(parent.parameters()).device)

@@ -28,6 +28,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError, suggest
 from ..quantize import INPUTS, Quantized
 from ..quantize import quantize as quantize_tensor
+from ..quantize.scale_search import searched_scales
 from ..tile import Tile
 from .compressed_tensors import E4M3, Scheme, check_values, own_config, quantization_config
 from .decisions import (
@@ -46,7 +47,6 @@ from .decisions import (
 )  # fmt: skip
 from .layers import Layers, choose_layers, fused_group, refuse_shapes, skeleton
 from .partial import Progress, Task, making, promised
-from .scale_search import searched_scales
 from .source import Source
 
 SLAB = 1 << 24  # elements that are quantized at once
@@ -65,7 +65,7 @@ class Options:
     """What decides the bytes. `dtype` of what stays: "auto" (FP32 becomes BF16, all else is kept) or a type's name.
 
     `scales`: "power_of_two" (the contract's default) or "none" (amax / 448), for weights and for served activations;
-    "search": of weights, whichever errs least (`scale_search.py`), where each channel has its own.
+    "search": of weights, whichever errs least (`quantize/scale_search.py`), where each channel has its own.
     """
 
     scheme: str = "dynamic"

@@ -36,6 +36,7 @@ from ..errors import ConvertError
 from ..formats import format_of
 from ..quantize import Quantized, run_quantize
 from ..quantize.record import as_matrix
+from ..quantize.scale_search import searched_scales
 from ..recipe import Recipe
 from ..tile import Tile
 from .autocast import active
@@ -84,16 +85,18 @@ class FakeProducts(Fp8Products):
     recipe          how x and the weight are quantized, and how the served product sums
     weight_only     x is not rounded
     inputs          the scale of x where it is one number for all (`static`), else None
+    searched        each channel of the weight has the scale that errs least, looked for at every rounding
     with_it         the layers (themselves among them) whose weights share one per-tensor scale with this one
     """
 
     fuses = False
 
     def __init__(
-        self, recipe: Recipe, name: str, *, weight_only: bool = False, inputs: MeasuredScale | None = None
-    ) -> None:
+        self, recipe: Recipe, name: str, *, weight_only: bool = False, searched: bool = False,
+        inputs: MeasuredScale | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(recipe, name)
-        self.weight_only, self.inputs = weight_only, inputs
+        self.weight_only, self.searched, self.inputs = weight_only, searched, inputs
         self.with_it: tuple[nn.Module, ...] = ()
         self.serves = False  # after `finalize`: the served product itself
 
@@ -125,9 +128,11 @@ class FakeProducts(Fp8Products):
         weight = weight.detach().contiguous()
         if tile == Tile(0, 0):
             group: list[Any] = [weight] if len(self.with_it) < 2 else [layer.weight for layer in self.with_it]
-            scale = scale_of(torch.stack([finite_amax(w) for w in group]).amax().view(1), self.recipe.power_of_two)
+            scale = scale_of(torch.stack([finite_amax(w) for w in group]).amax().view(1, 1), self.recipe.power_of_two)
+        elif self.searched:
+            scale = searched_scales(weight)
         power_of_two = self.recipe.power_of_two and scale is None
-        codes, scale, _ = run_quantize(weight, None if scale is None else scale.view(1, 1), E4M3, tile, power_of_two)
+        codes, scale, _ = run_quantize(weight, scale, E4M3, tile, power_of_two)
         return Quantized(codes, scale, tile, E4M3)
 
     def quantize_weight(self, weight: Tensor) -> Pair:  # type: ignore[override]
@@ -187,5 +192,5 @@ def finite_amax(x: Tensor) -> Tensor:
 
 
 def scale_of(amax: Tensor, power_of_two: bool) -> Tensor:
-    """The scales FP32 [n] of magnitudes [n], as `fp8.quantize` gives them."""
-    return run_quantize(amax.view(-1, 1), None, E4M3, Tile(1, 0), power_of_two)[1].flatten()
+    """The scales, FP32, of magnitudes of the same shape, as `fp8.quantize` gives them."""
+    return run_quantize(amax.view(-1, 1), None, E4M3, Tile(1, 0), power_of_two)[1].view(amax.shape)

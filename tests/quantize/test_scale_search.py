@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 import tiny_models
-from fp8.calibrate.qat import prepare_qat
 from fp8.calibrate.sequential import Compensation
 from fp8.checkpoint import Options, quantize_folder, verify
 from fp8.checkpoint.quantize import SCHEMES, quantize_weight, with_scales
-from fp8.checkpoint.scale_search import FACTORS, searched_scales
 from fp8.errors import ConfigError
 from fp8.quantize import quantize
+from fp8.quantize.scale_search import FACTORS, searched_scales
 from tiny_models import bytes_of, tensors
 
 UP = "model.layers.0.mlp.up_proj"
@@ -84,8 +83,6 @@ def test_where_a_channel_has_no_scale_there_is_none_to_look_for() -> None:
     for scheme in ("static", "block"):
         with pytest.raises(ConfigError, match="none of its own for a channel"):
             Options(scheme, scales="search")
-    with pytest.raises(ConfigError, match="training moves them"):
-        prepare_qat(torch.nn.Linear(16, 16), scale_rounding="search")
 
 
 @pytest.mark.gpu
