@@ -95,6 +95,19 @@ def test_bodies_of_another_shape_are_refused(client: httpx2.Client) -> None:
         is_refusal(client.post("/detokenize", json=body))
 
 
+def test_a_refusal_names_the_place_and_every_form_that_would_do(client: httpx2.Client) -> None:
+    def told(path: str, body: dict[str, Any]) -> tuple[str, str | None]:
+        error = client.post(path, json=body).json()["error"]
+        return error["message"], error["param"]
+
+    message, param = told("/v1/completions", {"prompt": {"a": 1}})
+    assert message == "prompt: Input should be a valid string, or: Input should be a valid list" and param == "prompt"
+    assert told("/v1/completions", TEXT | {"temprature": 1}) == ("temprature: there is no such field", "temprature")
+    message, param = told("/v1/chat/completions", {"messages": [{"role": "user", "content": 7}]})
+    assert message.startswith("messages.0.content: Input should be a valid string") and param == "messages"
+    assert told("/v1/completions", {})[0] == "prompt: Field required"
+
+
 def test_what_is_not_json_is_refused(client: httpx2.Client) -> None:
     for raw in RAW:
         for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):

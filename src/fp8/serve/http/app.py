@@ -8,6 +8,7 @@ answer is awaited, so is the client's leaving; whoever leaves ends his requests 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
@@ -46,6 +47,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         429: "Too many requests wait already", 503: "The server is leaving, or its engine failed",
     }.items()
 }  # fmt: skip
+TYPE_NAME = re.compile(r"[\[(]|^(str|int|float|bool|constrained.*|Part)$")  # pydantic's, of a union's branches
 
 
 class Leaving(Exception):  # noqa: N818  nothing is wrong
@@ -294,13 +296,22 @@ def refusal_of(error: Any) -> Refusal:
 
 def invalid(error: RequestValidationError) -> Refusal:
     """The first few things that are wrong with a body, each with its place; what was sent is not repeated."""
-    told, params = [], []
+    told: dict[str, list[str]] = {}
     for one in error.errors():
-        place = ".".join(str(part) for part in one["loc"] if part != "body")
-        what = f"not JSON at character {place}: {one['ctx']['error']}" if one["type"] == "json_invalid" else one["msg"]
-        what = "there is no such field" if one["type"] == "extra_forbidden" else what
-        told.append(what if one["type"] == "json_invalid" else f"{place or 'the body'}: {what}")
-        params.append(str(one["loc"][1]) if len(one["loc"]) > 1 and one["type"] != "json_invalid" else None)
-    more = f" (and {len(told) - 4} more)" if len(told) > 4 else ""
-    text = ("; ".join(told[:4]) + more).encode(errors="replace").decode()
-    return Refusal(400, text[:1000], params[0])
+        place, what = placed(one)
+        if what not in told.setdefault(place, []):
+            told[place].append(what)
+    parts = [f"{place}: {', or: '.join(whats)}" for place, whats in told.items()]
+    more = f" (and {len(parts) - 4} more)" if len(parts) > 4 else ""
+    text = ("; ".join(parts[:4]) + more).encode(errors="replace").decode()
+    param = next(iter(told)).split(".")[0]
+    return Refusal(400, text[:1000], None if param == "the body" else param.encode(errors="replace").decode()[:100])
+
+
+def placed(one: dict[str, Any]) -> tuple[str, str]:
+    """Where pydantic found something, without the names of its types, and what."""
+    if one["type"] == "json_invalid":
+        return "the body", f"not JSON at character {one['loc'][-1]}: {one['ctx']['error']}"
+    place = ".".join(str(part) for part in one["loc"][1:] if not TYPE_NAME.search(str(part)))
+    what = "there is no such field" if one["type"] == "extra_forbidden" else one["msg"].removeprefix("Value error, ")
+    return place or "the body", what
