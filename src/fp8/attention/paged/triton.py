@@ -43,7 +43,7 @@ from .rows import Rows
 
 LOG2E = 1.4426950408889634
 PROGRAMS = 8192  # of decode, about: some dozens a multiprocessor, so that unequal lengths even out
-KEYS, WARPS, STAGES = 64, 4, 3  # of `attend_parts`
+KEYS, WARPS, STAGES, REGISTERS = 64, 4, 3, None  # of `attend_parts`
 ROWS, ROW_KEYS, ROW_WARPS, ROW_STAGES = 128, 64, 8, 3  # of `attend_rows`
 JOINED = 16  # partitions that `join_parts` reads at once
 NONE, STATIC, DYNAMIC = 0, 1, 2  # layouts of scales
@@ -322,6 +322,7 @@ def attend_decode(q: Tensor, layer: LayerPages, batch: Rows, scale: float) -> Te
         q, *held, batch.pages, batch.lengths, product, top, total, kv, pages, parts, scale * LOG2E,
         PAGE=layer.page_size, GROUP=group, D=width, SCALES=scales_of(layer), PART=PARTITION, KEYS=KEYS,
         ROWS=max(16, triton.next_power_of_2(group)), BD=max(wide, 16), num_warps=WARPS, num_stages=STAGES,
+        maxnreg=REGISTERS,
     )  # fmt: skip
     join_parts[(sequences * heads,)](
         product, top, total, batch.lengths, out, kv, parts,
