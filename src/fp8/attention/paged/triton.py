@@ -11,10 +11,10 @@
 power of two brought into FP16's range (what it flushes is 2^-34 of the row's largest), values by weights rounded to
 FP16, 2^-11 of themselves. Scales are powers of two or a head's own; those of keys multiply scores, those of values
 weights, relative to the largest of the partition. A BF16 cache multiplies in BF16, and its weights are rounded to 2^-8
-of themselves. All sums are FP32: the FP8 tensor core, whose accumulator keeps 13 bits, is not used. So with A the
-weighted sum of |v|,
+of themselves. Weights reach 2^14, not 1, so that FP16 keeps small ones too. All sums are FP32: the FP8 tensor core, whose accumulator keeps 13 bits, is not used. So with A the
+weighted sum of |v|, over n keys,
 
-    |out - exact| <= 2^-8 |out| + (2^-11 or 2^-8) A
+    |out - exact| <= 2^-8 |out| + (2^-11 or 2^-8) A + 2^-38 n max |v|
 
 **A row does not depend on its company**: partitions have `PARTITION` keys counted from position 0, whoever computes
 them, and are joined in their order; what a partition gives depends on its keys and the query. How many programs share
@@ -46,6 +46,7 @@ PROGRAMS = 8192  # of decode, about: some dozens a multiprocessor, so that unequ
 KEYS, WARPS, STAGES, REGISTERS = 64, 4, 3, None  # of `attend_parts`
 ROWS, ROW_KEYS, ROW_WARPS, ROW_STAGES = 128, 64, 8, 3  # of `attend_rows`
 JOINED = 16  # partitions that `join_parts` reads at once
+HEADROOM = tl.constexpr(14.0)  # the largest weight is 2^14: FP16 then holds weights down to 2^-38 of it
 NONE, STATIC, DYNAMIC = 0, 1, 2  # layouts of scales
 
 
@@ -263,7 +264,7 @@ def attend_parts(
             if SCALES == 2:
                 scores = scores * tl.load(key_scale_ptr + row, mask=seen, other=1.0)[None, :]
             scores = tl.where(seen[None, :], scores, float("-inf"))
-            most = tl.maximum(top, tl.max(scores, axis=1))
+            most = tl.maximum(top, tl.max(scores, axis=1) - HEADROOM)
             weights = tl.exp2(scores - most[:, None])
             fade = tl.exp2(top - most)
             total = total * fade + tl.sum(weights, axis=1)
@@ -405,7 +406,7 @@ def met(
         scores = scores * tl.load(key_scale_ptr + row, mask=seen, other=1.0)[None, :]
     if MASKED:
         scores = tl.where(at[None, :] <= tl.minimum(position, stop - 1)[:, None], scores, float("-inf"))
-    most = tl.maximum(top, tl.max(scores, axis=1))
+    most = tl.maximum(top, tl.max(scores, axis=1) - HEADROOM)
     weights = tl.exp2(scores - most[:, None])
     fade = tl.exp2(top - most)
     total = total * fade + tl.sum(weights, axis=1)
