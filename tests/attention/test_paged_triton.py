@@ -53,7 +53,7 @@ def the_same_bytes(kind: str, shape: tuple[int, ...], norms: bool, device: torch
 
 
 def a_batch(kind: str, case: tuple, device: torch.device):
-    """A cache full of numbers, queries, and a batch of sequences whose pages lie in disorder; one more reads nothing."""
+    """A full cache, queries, and a batch of sequences whose pages lie in disorder; one more reads nothing."""
     lengths, heads, kv, width, page_size = case
     torch.manual_seed(1)
     needed = [-(-(stored + new) // page_size) for stored, new in lengths]
@@ -129,8 +129,10 @@ def test_codes_and_attention_on_the_gpu():
 def test_a_row_has_the_same_bits_in_any_company(decode):
     cache, _, q, batch = a_batch("fp8", ([(1000, 1), (70, 1), (4000, 1)], 32, 8, 128, 64), GPU)
     batch, q = on(batch, GPU), q.cuda()
-    whole = triton.attend(q, cache.layers[0], batch, 0.1) if decode else triton.attend_chunks(
-        q, cache.layers[0], batch, 0.1
+    whole = (
+        triton.attend(q, cache.layers[0], batch, 0.1)
+        if decode
+        else triton.attend_chunks(q, cache.layers[0], batch, 0.1)
     )
     for s in range(3):
         one = on(batch_of([(Sequence([0], [0]), 1)]), GPU)

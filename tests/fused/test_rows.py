@@ -40,7 +40,9 @@ def codes_are_those_of_the_definition(rows: int, cols: int, device: torch.device
     assert ((triton.gated_values(x).float() - need).abs() <= 2.0**-7 * need.abs() + 1e-30).all()
     for into in intos(device):
         assert equal(triton.row_codes(half, into), reference.row_codes(half, into)), into
-        assert equal(triton.norm_codes(half[1:], weight, 1e-5, into), reference.norm_codes(half[1:], weight, 1e-5, into))
+        assert equal(
+            triton.norm_codes(half[1:], weight, 1e-5, into), reference.norm_codes(half[1:], weight, 1e-5, into)
+        )
         found, need = triton.gated_codes(x, into), reference.gated_codes(x, into)
         assert found.tile == need.tile
         near = (found.dequantize() - need.dequantize()).abs()  # one BF16 unit, and then one step of a code

@@ -67,7 +67,10 @@ def test_products_on_the_gpu():
 @pytest.mark.gpu
 def test_a_row_has_the_same_bits_in_any_batch_up_to_64():
     torch.manual_seed(0)
-    a, b = quantize(torch.randn(64, 4096, device=GPU), tile="row"), quantize(torch.randn(512, 4096, device=GPU), tile="row")
+    a, b = (
+        quantize(torch.randn(64, 4096, device=GPU), tile="row"),
+        quantize(torch.randn(512, 4096, device=GPU), tile="row"),
+    )
     whole = skinny(a, b)
     for rows in (1, 3, 17, 40):
         part = type(a)(a.codes[:rows].contiguous(), a.scale[:rows].contiguous(), a.tile, a.format)

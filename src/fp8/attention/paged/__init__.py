@@ -1,7 +1,7 @@
 """Attention over a cache in pages, which many sequences share: the doors.
 
-`pages.py` is the memory, `rows.py` what is asked; `reference.py` is the definition of both operations, `triton.py` writes
-the same bytes and reads within a stated bound.
+`pages.py` is the memory, `rows.py` what is asked; `reference.py` is the definition of both operations, `triton.py`
+writes the same bytes and reads within a stated bound.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@
 power of two brought into FP16's range (what it flushes is 2^-34 of the row's largest), values by weights rounded to
 FP16, 2^-11 of themselves. Scales are powers of two or a head's own; those of keys multiply scores, those of values
 weights, relative to the largest of the partition. A BF16 cache multiplies in BF16, and its weights are rounded to 2^-8
-of themselves. Weights reach 2^14, not 1, so that FP16 keeps small ones too. All sums are FP32: the FP8 tensor core, whose accumulator keeps 13 bits, is not used. So with A the
-weighted sum of |v|, over n keys,
+of themselves. Weights reach 2^14, not 1, so that FP16 keeps small ones too. All sums are FP32: the FP8 tensor core,
+whose accumulator keeps 13 bits, is not used. So with A the weighted sum of |v|, over n keys,
 
     |out - exact| <= 2^-8 |out| + (2^-11 or 2^-8) A + 2^-38 n max |v|
 

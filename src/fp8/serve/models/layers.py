@@ -23,9 +23,9 @@ matter either. For MKL's FP32 products it does not, at any shape that was tried:
 by row: torch computes what is left over of a vector by another exponential, and where that falls depends on the shape.
 On a GPU these come from cuBLAS and kernels, in one piece.
 
-**On a GPU** the norm, the gate and the quantization that follows are one launch (`fused/rows`), and products of up to 64
-rows come from `matmul/skinny`, with bias and residual: a layer of a decode step is ten launches. A product of more rows
-adds in cuBLASLt's order, so a row's last bits differ between the two.
+**On a GPU** the norm, the gate and the quantization that follows are one launch (`fused/rows`), and products of up to
+64 rows come from `matmul/skinny`, with bias and residual: a layer of a decode step is eleven launches. A product of
+more rows adds in cuBLASLt's order, so a row's last bits differ between the two.
 """
 
 from __future__ import annotations
