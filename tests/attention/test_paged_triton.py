@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8.attention.paged import PagedCache, attend, reference, rope_write, triton
+from fp8.attention.paged import PagedCache, attend, reference, rope_write
 from fp8.fused.rope.reference import tables
 from paged_batches import Sequence, batch_of, bits, on
 
+triton = pytest.importorskip("fp8.attention.paged.triton")
 GPU = torch.device("cuda")
 CACHES = ("fp8", "e5m2", "bf16", "static")
 WRITES = [(5, 4, 2, 16, 16), (70, 4, 2, 20, 48)]  # tokens, query heads, key heads, width, page size
@@ -168,7 +169,6 @@ print("done")
 
 def test_codes_and_attention_in_the_interpreter():
     """The kernels' indices, masks, scales and roundings; a tensor core's sums are FP32 sums there."""
-    pytest.importorskip("triton")
     here = Path(__file__).parent
     script = INTERPRETED.format(tests=str(here.parent), here=str(here))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300)

@@ -11,9 +11,10 @@ import torch
 
 from fp8 import quantize
 from fp8.matmul.budget import budget, exact_product
-from fp8.matmul.skinny import reference, skinny, triton
+from fp8.matmul.skinny import reference, skinny
 
-HERE, GPU = torch.device("cpu"), torch.device("cuda")
+triton = pytest.importorskip("fp8.matmul.skinny.triton")
+GPU = torch.device("cuda")
 TILES = [("row", "row"), ("tensor", "tensor"), ("row", "tensor"), ("tensor", "row"), ("1x128", "128x128")]
 SHAPES = [(1, 100, 1024), (5, 64, 336), (20, 130, 512)]
 
@@ -94,7 +95,6 @@ print("done")
 
 def test_products_in_the_interpreter():
     """Pieces, splits, tickets, scales, bias and residual; a tensor core's sums are FP32 sums there."""
-    pytest.importorskip("triton")
     here = Path(__file__).parent
     script = INTERPRETED.format(tests=str(here.parent), here=str(here))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300)
