@@ -36,7 +36,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import triton_launch
 from ...quantize.triton_cast import amax_bits, factor_of, key, nearest, scale_of, scaled
+from ...triton_launch import enter
 from .pages import LayerPages
 from .reference import PARTITION
 from .rows import Rows
@@ -58,9 +60,10 @@ def rope_heads_write(
     x_ptr, positions_ptr, slots_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, q_ptr, keys_ptr, values_ptr,
     key_scale_ptr, value_scale_ptr, saturated_ptr, rows, queries, kv, eps, PAGE,
     HALF: tl.constexpr, NORM: tl.constexpr, SCALES: tl.constexpr, E4M3: tl.constexpr, MAX: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """BM tokens of one head of x [rows, (queries + 2 kv) * 2 HALF]: queries to q_ptr, the others to their slots."""
+    enter(AHEAD)
     head = tl.program_id(1)
     total = queries + 2 * kv
     r = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -157,6 +160,7 @@ def rope_write(
         E4M3=layer.format is not None and layer.format.name == "e4m3",
         MAX=0.0 if layer.format is None else float(layer.format.max),
         BM=height, BN=triton.next_power_of_2(width // 2), num_warps=1 if height == 1 else 4, enable_fp_fusion=False,
+        AHEAD=triton_launch.LAUNCH, launch_pdl=triton_launch.LAUNCH,
     )  # fmt: skip
     return q
 
@@ -226,12 +230,13 @@ def attend_parts(
     q_ptr, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, pages_ptr, lengths_ptr, product_ptr, top_ptr, sum_ptr,
     kv, width, parts, scale,
     PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SCALES: tl.constexpr, PART: tl.constexpr,
-    KEYS: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
+    KEYS: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Every `num_programs(1)`-th partition of one sequence and key head; `scale` includes log2(e).
 
     product FP32 [S, KV, parts, GROUP, D], top and sum FP32 [S, KV, parts, GROUP]
     """
+    enter(AHEAD)
     PLAIN: tl.constexpr = SCALES == 0
     sequence, h = tl.program_id(0) // kv, tl.program_id(0) % kv
     length = tl.load(lengths_ptr + sequence)
@@ -282,8 +287,10 @@ def attend_parts(
 def join_parts(
     product_ptr, top_ptr, sum_ptr, lengths_ptr, out_ptr, kv, parts,
     GROUP: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, JOINED: tl.constexpr, BD: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One query head of one sequence: out [S, KV * GROUP, D]."""
+    enter(AHEAD)
     sequence, head = tl.program_id(0) // (kv * GROUP), tl.program_id(0) % (kv * GROUP)
     count = tl.cdiv(tl.load(lengths_ptr + sequence), PART)
     d = tl.arange(0, BD)
@@ -323,11 +330,12 @@ def attend_decode(q: Tensor, layer: LayerPages, batch: Rows, scale: float) -> Te
         q, *held, batch.pages, batch.lengths, product, top, total, kv, pages, parts, scale * LOG2E,
         PAGE=layer.page_size, GROUP=group, D=width, SCALES=scales_of(layer), PART=PARTITION, KEYS=KEYS,
         ROWS=max(16, triton.next_power_of_2(group)), BD=max(wide, 16), num_warps=WARPS, num_stages=STAGES,
-        maxnreg=REGISTERS,
+        maxnreg=REGISTERS, AHEAD=triton_launch.LAUNCH, launch_pdl=triton_launch.LAUNCH,
     )  # fmt: skip
     join_parts[(sequences * heads,)](
         product, top, total, batch.lengths, out, kv, parts,
         GROUP=group, D=width, PART=PARTITION, JOINED=JOINED, BD=wide, num_warps=2,
+        AHEAD=triton_launch.LAUNCH, launch_pdl=triton_launch.LAUNCH,
     )  # fmt: skip
     return out
 

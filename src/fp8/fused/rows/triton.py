@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import triton_launch
 from ...quantize.record import Quantized
 from ...quantize.triton_cast import amax_bits, factor_of, key, nearest, scale_of, scaled
+from ...triton_launch import enter
 from .reference import ROW
 
 if TYPE_CHECKING:
@@ -25,8 +27,10 @@ if TYPE_CHECKING:
 def rows_to_codes(
     x_ptr, weight_ptr, codes_ptr, scale_ptr, given_ptr, cols, eps, stride_r, stride_c,
     PRODUCER: tl.constexpr, MODE: tl.constexpr, E4M3: tl.constexpr, POWER: tl.constexpr, BN: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """A row of x [T, cols] ([T, 2 cols] for "gated") to codes [T, cols]."""
+    enter(AHEAD)
     r = tl.program_id(0)
     c = tl.arange(0, BN)
     inside = c < cols
@@ -83,7 +87,7 @@ def gated_values(gate_up: Tensor) -> Tensor:
         rows_to_codes[(rows,)](
             gate_up.contiguous(), gate_up, y, gate_up, gate_up, cols, 0.0, 0, 0,
             PRODUCER="gated", MODE="values", E4M3=True, POWER=True, BN=wide, num_warps=_warps(wide),
-            enable_fp_fusion=False,
+            enable_fp_fusion=False, AHEAD=triton_launch.LAUNCH, launch_pdl=triton_launch.LAUNCH,
         )  # fmt: skip
     return y
 
@@ -103,6 +107,6 @@ def _run(producer: str, x: Tensor, weight: Tensor, eps: float, cols: int, into: 
             x, weight, codes.view(torch.uint8), scale, scale if into.scale is None else into.scale, cols, eps,
             *scale.stride(), PRODUCER=producer, MODE=into.mode, E4M3=into.format.name == "e4m3",
             POWER=into.power_of_two and into.scale is None, BN=wide, num_warps=_warps(wide),
-            enable_fp_fusion=False,
+            enable_fp_fusion=False, AHEAD=triton_launch.LAUNCH, launch_pdl=triton_launch.LAUNCH,
         )  # fmt: skip
     return Quantized(codes, scale if group else scale.reshape(rows, 1), into.tile if group else ROW, into.format)

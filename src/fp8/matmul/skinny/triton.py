@@ -31,12 +31,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import triton_launch
 from ...quantize.record import Quantized
+from ...triton_launch import ask_for, enter
 from ..triton import _scale_at
 
 PROGRAMS = 512  # about four a multiprocessor
 LEAST = 4  # blocks of K a program, at least
 TICKETS = 1 << 14
+ASKED = tl.constexpr(8)  # lines of each row of W that are asked for before x is there
 Operand = Quantized | Tensor
 
 
@@ -81,7 +84,7 @@ def skinny_rows(
     M, N, K, stride_xr, stride_xk, stride_wr, stride_wk, span,
     FP8: tl.constexpr, TILE_X: tl.constexpr, TILE_W: tl.constexpr, ALONG: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, SPLITS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    DEPTH: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of w over `span` columns of K from program_id(1) * span on."""
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -91,6 +94,11 @@ def skinny_rows(
     k = first + tl.arange(0, DEPTH)
     w_at = w_ptr + row.to(tl.int64)[:, None] * K + k[None, :]
     x_at = x_ptr + m[:, None] * K + k[None, :]
+    if AHEAD:
+        LINE: tl.constexpr = 128 if FP8 else 64
+        lines = first + tl.arange(0, ASKED) * LINE
+        ask_for(w_ptr, row.to(tl.int64)[:, None] * K + tl.minimum(lines, K - LINE)[None, :], AHEAD)
+        enter(AHEAD)
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
     for start in range(first, tl.minimum(first + span, K), DEPTH):
         if WHOLE:
@@ -158,8 +166,8 @@ def skinny(
         triton.cdiv(blocks, use.splits) * use.depth,
         FP8=fp8, TILE_X=tile_x, TILE_W=tile_w, ALONG=x.tile.cols if isinstance(x, Quantized) else 0,
         BIAS=bias is not None, RESIDUAL=residual is not None, SPLITS=use.splits,
-        WHOLE=depth % use.depth == 0, ROWS=use.rows, TOKENS=tokens, DEPTH=use.depth,
-        num_warps=use.warps, num_stages=use.stages, enable_fp_fusion=False,
+        WHOLE=depth % use.depth == 0, ROWS=use.rows, TOKENS=tokens, DEPTH=use.depth, AHEAD=triton_launch.LAUNCH,
+        launch_pdl=triton_launch.LAUNCH, num_warps=use.warps, num_stages=use.stages, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
