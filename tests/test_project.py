@@ -29,6 +29,7 @@ ROOMS: tuple[str, ...] = (
         "recipe",
         "backends",
         "nvrtc",
+        "triton_launch",
         "quantize",
         "matmul",
         "scaling",

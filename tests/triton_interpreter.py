@@ -30,6 +30,7 @@ def install() -> str | None:
         return "this Triton's interpreter casts in another place: look at tests/triton_interpreter.py"
     interpreter._convert_float = _convert
     interpreter.InterpreterBuilder.create_fma = _fma
+    interpreter.InterpreterBuilder.create_dot = _dot
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor, scope):  # type: ignore[no-untyped-def]
@@ -48,9 +49,21 @@ def _fma(self, x, y, z):  # type: ignore[no-untyped-def]
         return TensorHandle(x.data * y.data + z.data, z.dtype.scalar)
 
 
+def _dot(self, a, b, c, input_precision, max_num_imprecise_acc):  # type: ignore[no-untyped-def]
+    """a @ b + c in FP32; the interpreter would multiply the bits of BF16 as integers."""
+    from triton.runtime.interpreter import TensorHandle
+
+    wide = [_numbers(x.data, x.dtype.scalar).float() for x in (a, b)]
+    return TensorHandle((wide[0] @ wide[1]).numpy().astype(c.data.dtype) + c.data, c.dtype.scalar)
+
+
+def _numbers(data, kind):  # type: ignore[no-untyped-def]
+    return torch.from_numpy(np.ascontiguousarray(data).view(_signed(kind))).view(_torch(kind))
+
+
 def _convert(data, source, target, rounding):  # type: ignore[no-untyped-def]
     """The bits of `data`, of Triton type `source`, as bits of the Triton type `target`."""
-    numbers = torch.from_numpy(np.ascontiguousarray(data).view(_signed(source))).view(_torch(source)).float()
+    numbers = _numbers(data, source).float()
     if target.is_fp8():
         finite = torch.finfo(_torch(target))
         numbers = torch.where(numbers.isnan(), numbers, numbers.clamp(finite.min, finite.max))

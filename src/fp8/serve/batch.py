@@ -30,7 +30,8 @@ class Batch:
     lengths     int32 [S]: keys that sequence s has once this step is written; 0: none are read
     pages       int32 [S, most pages]: the page numbers of each sequence, in order; 0 beyond its last
     wanted      int64 [S']: the rows of T whose logits are wanted
-    decode      every sequence has exactly one new token
+    decode      every sequence has exactly one new token, and attention may go another way for it (deterministic engines
+                never say so)
     """
 
     tokens: Tensor

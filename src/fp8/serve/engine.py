@@ -13,7 +13,7 @@ same.
 **Alone and in company.** What a request gets depends on its tokens and parameters only: the model's rows do not see
 each other, the sampler's neither, and random numbers come from (seed, position). On a CPU that holds for every bit. On
 a GPU the order of a product's sums may change with the number of its rows; `deterministic` gives every step the same
-number.
+number, and the same kernel for attention.
 
 **One bad request** does not harm others: what cannot be served is refused by `add`, with a reason; a row of logits that
 is not finite ends its own request with finished="error", and its pages are not found by anybody again.
@@ -215,7 +215,8 @@ class Engine:
         if decode and self.graphs is not None and self.graphs.size_for(len(work)):
             return self.graphs(gather(work, self.options.page_size, width=self.graphs.width))
         arrays = gather(work, self.options.page_size, rows=self.rows)
-        return self.model(batch_of(send(arrays, self.device), self.sampler.last), self.cache)
+        sent = send(arrays, self.device)
+        return self.model(batch_of(sent, self.sampler.last, one_kernel=self.rows > 0), self.cache)
 
     def _row(self, work: Work) -> Row:
         sequence, params = work.sequence, work.sequence.request.params
@@ -384,4 +385,5 @@ class Engine:
         sizes = [self.rows] if self.rows else graphs.sizes_up_to(self.options.max_running)
         with torch.no_grad(), self._there():
             width = self.scheduler.pages_for(self.max_model_len)
-            return graphs.DecodeGraphs(self.model, self.cache, self.sampler.last, sizes, width)
+            last = self.sampler.last
+            return graphs.DecodeGraphs(self.model, self.cache, last, sizes, width, one_kernel=self.rows > 0)

@@ -47,8 +47,11 @@ class Captured:
 class DecodeGraphs:
     """The graphs of a model over a cache; `last` is the sampler's."""
 
-    def __init__(self, model: Any, cache: Any, last: Tensor, sizes: Sequence[int], width: int) -> None:
-        self._model, self._cache, self._last = model, cache, last
+    def __init__(
+        self, model: Any, cache: Any, last: Tensor, sizes: Sequence[int], width: int, one_kernel: bool = False
+    ) -> None:
+        """`one_kernel` as for `batch_of`."""
+        self._model, self._cache, self._last, self._one_kernel = model, cache, last, one_kernel
         self.sizes, self.width = sorted(sizes), width
         self._captured: dict[int, Captured] = {}
         pool = torch.cuda.graph_pool_handle()
@@ -75,9 +78,12 @@ class DecodeGraphs:
         stream.wait_stream(torch.cuda.current_stream(self._last.device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):  # compiles kernels, and lets libraries make their workspaces
-                self._model(batch_of(unpack(buffer, layout), self._last), self._cache)
+                self._run(unpack(buffer, layout))
         torch.cuda.current_stream(self._last.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            logits = self._model(batch_of(unpack(buffer, layout), self._last), self._cache)
+            logits = self._run(unpack(buffer, layout))
         return Captured(graph, buffer, logits)
+
+    def _run(self, sent: dict[str, Tensor]) -> Tensor:
+        return self._model(batch_of(sent, self._last, one_kernel=self._one_kernel), self._cache)

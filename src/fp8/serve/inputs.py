@@ -91,12 +91,15 @@ def empty(rows: int, width: int) -> Arrays:
     ) | {"wanted": np.arange(rows)}
 
 
-def batch_of(sent: Mapping[str, Tensor], last: Tensor) -> Batch:
-    """The batch behind what was sent; `last` int64 [seats] has the newest token of each running sequence."""
+def batch_of(sent: Mapping[str, Tensor], last: Tensor, *, one_kernel: bool = False) -> Batch:
+    """The batch behind what was sent; `last` int64 [seats] has the newest token of each running sequence.
+
+    one_kernel   never call it a decode batch: on a GPU, attention adds in another order for those
+    """
     pending = sent["pending"]
     tokens = torch.where(pending >= 0, last[pending.clamp(min=0)], sent["tokens"])
     fields: dict[str, Any] = {n: sent[n] for n in ("positions", "slots", "starts", "lengths", "pages", "wanted")}
-    return Batch(tokens=tokens, decode=len(sent["lengths"]) == len(tokens), **fields)
+    return Batch(tokens=tokens, decode=not one_kernel and len(sent["lengths"]) == len(tokens), **fields)
 
 
 def pack(arrays: Arrays, pin: bool) -> tuple[Tensor, Layout]:

@@ -1,6 +1,7 @@
 """Attention over a cache in pages, which many sequences share: the doors.
 
-`pages.py` is the memory, `rows.py` what is asked; `reference.py` is the definition of both operations.
+`pages.py` is the memory, `rows.py` what is asked; `reference.py` is the definition of both operations, `triton.py`
+writes the same bytes and reads within a stated bound.
 """
 
 from __future__ import annotations
@@ -8,14 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends import Backend, choose
+from ...backends import Backend, choose, why_not_triton
 from ...errors import ShapeError, TensorError
 from .pages import PAGED_DTYPES, LayerPages, PagedCache
 from .rows import Rows
 
 __all__ = ["BACKENDS", "PAGED_DTYPES", "LayerPages", "PagedCache", "Rows", "attend", "rope_write"]
 
-BACKENDS = (Backend("reference", "nothing", lambda x: None, "fp8.attention.paged.reference"),)
+BACKENDS = (
+    Backend("triton", "a Hopper GPU and Triton", lambda x: why_not_triton(x.device), "fp8.attention.paged.triton"),
+    Backend("reference", "nothing", lambda x: None, "fp8.attention.paged.reference"),
+)
 
 
 def rope_write(

@@ -22,6 +22,10 @@ rows at a time, filled up with zeros, so that every call has the same shape. (Wh
 matter either. For MKL's FP32 products it does not, at any shape that was tried: the tests hold it.) The gate runs row
 by row: torch computes what is left over of a vector by another exponential, and where that falls depends on the shape.
 On a GPU these come from cuBLAS and kernels, in one piece.
+
+**On a GPU** the norm, the gate and the quantization that follows are one launch (`fused/rows`), and products of up to
+64 rows come from `matmul/skinny`, with bias and residual: a layer of a decode step is eleven launches. A product of
+more rows adds in cuBLASLt's order, so a row's last bits differ between the two.
 """
 
 from __future__ import annotations
@@ -29,11 +33,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ...backends import why_not_triton
+from ...formats import format_of
 from ...fused.activation import activation
 from ...fused.norm import norm as fused_norm
+from ...fused.rows import Into, gated_codes, gated_values, norm_codes, row_codes
 from ...matmul import run_matmul
+from ...matmul.skinny import skinny
+from ...matmul.skinny import why_not as why_not_skinny
 from ...nn.frozen_linear import FrozenLinear
 from ...nn.int8_linear import Int8Linear
+from ...quantize import Quantized
 
 ROWS = 16  # rows of one BF16 product on a CPU
 SLAB = 1 << 12  # outputs whose weights are widened at once
@@ -70,22 +80,57 @@ Matrix = Linear | FrozenLinear | Int8Linear
 
 def norm_linear(h: Tensor, norm: Norm, linear: Matrix) -> Tensor:
     """The product `[T, N]` of the norm of h [T, K]."""
+    if (into := joined(h, linear)) is not None:
+        return code_product(norm_codes(h, norm.weight, norm.eps, into), linear)
     return product(normed(h, norm), linear)
 
 
 def linear_add(x: Tensor, linear: Matrix, residual: Tensor) -> Tensor:
     """`residual [T, N]` and the product of x [T, K], added."""
+    if (into := joined(x, linear)) is not None:
+        return code_product(row_codes(x, into), linear, residual)
+    if isinstance(linear, Linear) and few(x, linear.weight):
+        return skinny(x, linear.weight, x.dtype, linear.bias, residual)
     return residual + product(x, linear)
 
 
 def gated_linear_add(gate_up: Tensor, linear: Matrix, residual: Tensor) -> Tensor:
     """`residual [T, N]` and the product of silu(gate) * up, added; `gate_up` holds both side by side, [T, 2 K]."""
+    if (into := joined(gate_up, linear)) is not None:
+        return code_product(gated_codes(gate_up, into), linear, residual)
     return linear_add(gated(gate_up), linear, residual)
 
 
 def norm_logits(h: Tensor, norm: Norm, head: Matrix) -> Tensor:
     """The logits `[T, V]` of h [T, K], FP32: the head's sums are not rounded to BF16."""
     return product(normed(h, norm), head, torch.float32)
+
+
+# --------------------------------------------------------------------------- joined steps, on a GPU
+
+
+def joined(x: Tensor, linear: Matrix) -> Into | None:
+    """How the input of an FP8 layer is quantized by the kernel that makes it; None: step by step."""
+    if x.device.type == "cpu" or not isinstance(linear, FrozenLinear) or linear.weight_only:
+        return None
+    operand, recipe = linear.recipe.x, linear.recipe
+    return Into(format_of(operand.format), operand.tile, recipe.power_of_two, linear.input_scale)
+
+
+def code_product(x: Quantized, linear: Matrix, residual: Tensor | None = None) -> Tensor:
+    """The product of codes by an FP8 layer, BF16, with the residual added."""
+    assert isinstance(linear, FrozenLinear)
+    weight = linear.quantized_weight()
+    if few(x, weight):
+        return skinny(x, weight, torch.bfloat16, linear.bias, residual)
+    y = run_matmul(x, weight, torch.bfloat16, linear.recipe.accumulate.forward, linear.bias)
+    return y if residual is None else residual + y
+
+
+def few(x: Quantized | Tensor, weight: Quantized | Tensor) -> bool:
+    """Whether the kernel for few rows takes this product."""
+    device = x.codes.device if isinstance(x, Quantized) else x.device
+    return device.type != "cpu" and why_not_triton(device) is None and why_not_skinny(x, weight) is None
 
 
 # --------------------------------------------------------------------------- their steps
@@ -100,8 +145,9 @@ def normed(h: Tensor, norm: Norm) -> Tensor:
 
 def gated(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up`, BF16 [T, K], of [T, 2 K]."""
-    rows = gate_up.split(1) if gate_up.device.type == "cpu" else (gate_up,)
-    parts = [activation(row, "silu", True, None) for row in rows]
+    if gate_up.device.type != "cpu":
+        return gated_values(gate_up)
+    parts = [activation(row, "silu", True, None) for row in gate_up.split(1)]
     return torch.cat([part for part in parts if isinstance(part, Tensor)])
 
 
@@ -114,11 +160,16 @@ def product(x: Tensor, linear: Matrix, dtype: torch.dtype = torch.bfloat16) -> T
     weight = linear.quantized_weight()
     if linear.weight_only:
         return high_product(x, weight.dequantize(x.dtype), linear.bias, dtype)
-    return run_matmul(linear.quantized_input(x), weight, dtype, linear.recipe.accumulate.forward, linear.bias)
+    codes = linear.quantized_input(x)
+    if few(codes, weight):
+        return skinny(codes, weight, dtype, linear.bias)
+    return run_matmul(codes, weight, dtype, linear.recipe.accumulate.forward, linear.bias)
 
 
 def high_product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A product of BF16 matrices, summed in FP32."""
+    if few(x, weight):
+        return skinny(x, weight, dtype, bias)
     if x.device.type != "cpu":
         if dtype == x.dtype:
             return nn.functional.linear(x, weight, bias)

@@ -1,0 +1,86 @@
+"""A row in one launch to what the next product reads, for serving: norm, gate, or nothing, then codes and their scales.
+
+`fused/norm` and `fused/activation` make, for training, both orientations and what a backward needs. A served step needs
+neither; it has few rows, and each launch that it saves is two microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backends import Backend, choose, why_not_triton
+from ...formats import Format
+from ...quantize.record import Quantized
+from ...tile import Tile
+
+__all__ = ["BACKENDS", "Into", "gated_codes", "gated_values", "norm_codes", "row_codes"]
+
+LONGEST = 16384  # columns that stay in registers
+
+
+@dataclass(frozen=True)
+class Into:
+    """How a row is quantized: tiles "row" or "1x128", measured; or "tensor" with a given scale, FP32 [1, 1]."""
+
+    format: Format
+    tile: Tile
+    power_of_two: bool = True
+    scale: Tensor | None = None
+
+    @property
+    def mode(self) -> str | None:
+        """The kernel's mode; None: it has none for this."""
+        if self.scale is not None:
+            return "given"
+        return {"row": "row", "1x128": "group"}.get(str(self.tile))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a backend is asked."""
+
+    device: torch.device
+    width: int
+    into: Into | None
+
+
+def why_not(request: Request) -> str | None:
+    """Why the kernel does not take a row; None when it does."""
+    if request.width > LONGEST or (request.into is not None and request.into.mode is None):
+        return f"it takes rows up to {LONGEST} and scales of rows, groups of 128, or given ones"
+    return why_not_triton(request.device)
+
+
+BACKENDS = (
+    Backend("triton", "a Hopper GPU and Triton", why_not, "fp8.fused.rows.triton"),
+    Backend("reference", "nothing", lambda request: None, "fp8.fused.rows.reference"),
+)
+
+
+def norm_codes(h: Tensor, weight: Tensor, eps: float, into: Into) -> Quantized:
+    """The codes of the RMS norm, in BF16, of each row of h [T, K]."""
+    return _choose("norm_codes", h, h.shape[1], into)(h, weight, eps, into)
+
+
+def gated_codes(gate_up: Tensor, into: Into) -> Quantized:
+    """The codes of silu(gate) * up, in BF16; both lie side by side, [T, 2 K]."""
+    return _choose("gated_codes", gate_up, gate_up.shape[1] // 2, into)(gate_up, into)
+
+
+def gated_values(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, BF16 [T, K]; both lie side by side, [T, 2 K]."""
+    return _choose("gated_values", gate_up, gate_up.shape[1] // 2, None)(gate_up)
+
+
+def row_codes(x: Tensor, into: Into) -> Quantized:
+    """The codes of x [T, K]."""
+    return _choose("row_codes", x, x.shape[1], into)(x, into)
+
+
+def _choose(operation: str, x: Tensor, width: int, into: Into | None) -> Callable[..., Any]:
+    return choose(operation, BACKENDS, Request(x.device, width, into)).run

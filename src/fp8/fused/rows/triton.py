@@ -1,0 +1,112 @@
+"""The GPU's rows to codes: a program makes one row, measures it, and stores its codes and scales.
+
+Norms and plain rows are the reference's in bytes. The gate's exponential is the fast one, as in `fused/activation`: a
+BF16 value is within one unit in its last place, and the code is that of the value.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import triton_launch
+from ...quantize.record import Quantized
+from ...quantize.triton_cast import amax_bits, factor_of, key, nearest, scale_of, scaled
+from ...triton_launch import enter
+from .reference import ROW
+
+if TYPE_CHECKING:
+    from . import Into
+
+
+@triton.jit
+def rows_to_codes(
+    x_ptr, weight_ptr, codes_ptr, scale_ptr, given_ptr, cols, eps, stride_r, stride_c,
+    PRODUCER: tl.constexpr, MODE: tl.constexpr, E4M3: tl.constexpr, POWER: tl.constexpr, BN: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """A row of x [T, cols] ([T, 2 cols] for "gated") to codes [T, cols]."""
+    enter(AHEAD)
+    r = tl.program_id(0)
+    c = tl.arange(0, BN)
+    inside = c < cols
+    at = r.to(tl.int64) * cols + c
+    if PRODUCER == "gated":
+        gate = tl.load(x_ptr + at + r.to(tl.int64) * cols, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(x_ptr + at + (r.to(tl.int64) + 1) * cols, mask=inside, other=0.0).to(tl.float32)
+        y = gate * (1.0 / (1.0 + tl.exp(-gate))) * up
+        y = y.to(tl.bfloat16).to(tl.float32)
+    else:
+        y = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if PRODUCER == "norm":
+            wide = y.to(tl.float64)
+            mean = (tl.sum(wide * wide, axis=0) / cols).to(tl.float32)
+            rstd = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
+            y = y * rstd * tl.load(weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
+            y = y.to(tl.bfloat16).to(tl.float32)
+    if MODE == "values":
+        tl.store(codes_ptr + at, y.to(tl.bfloat16), mask=inside)
+    elif MODE == "group":
+        G: tl.constexpr = BN // 128
+        square = tl.reshape(y, [G, 128])
+        scale = scale_of(amax_bits(tl.max(key(square), axis=1)), E4M3, POWER)
+        g = tl.arange(0, G)
+        tl.store(scale_ptr + r * stride_r + g * stride_c, scale, mask=g * 128 < cols)
+        codes = nearest(square, scaled(square, factor_of(scale, POWER)[:, None], POWER), E4M3)
+        tl.store(codes_ptr + at, tl.reshape(codes, [BN]), mask=inside)
+    else:
+        if MODE == "row":
+            scale = scale_of(amax_bits(tl.max(key(y), axis=0)), E4M3, POWER)
+        else:
+            scale = tl.load(given_ptr)
+        tl.store(scale_ptr + r, scale)
+        tl.store(codes_ptr + at, nearest(y, scaled(y, factor_of(scale, POWER), POWER), E4M3), mask=inside)
+
+
+def norm_codes(h: Tensor, weight: Tensor, eps: float, into: Into) -> Quantized:
+    return _run("norm", h.contiguous(), weight, eps, h.shape[1], into)
+
+
+def gated_codes(gate_up: Tensor, into: Into) -> Quantized:
+    return _run("gated", gate_up.contiguous(), gate_up, 0.0, gate_up.shape[1] // 2, into)
+
+
+def row_codes(x: Tensor, into: Into) -> Quantized:
+    return _run("plain", x.contiguous(), x, 0.0, x.shape[1], into)
+
+
+def gated_values(gate_up: Tensor) -> Tensor:
+    rows, cols = len(gate_up), gate_up.shape[1] // 2
+    y = torch.empty(rows, cols, dtype=torch.bfloat16, device=gate_up.device)
+    if rows:
+        wide = max(triton.next_power_of_2(cols), 128)
+        rows_to_codes[(rows,)](
+            gate_up.contiguous(), gate_up, y, gate_up, gate_up, cols, 0.0, 0, 0,
+            PRODUCER="gated", MODE="values", E4M3=True, POWER=True, BN=wide, num_warps=_warps(wide),
+            enable_fp_fusion=False, AHEAD=triton_launch.LAUNCH, launch_pdl=triton_launch.LAUNCH,
+        )  # fmt: skip
+    return y
+
+
+def _warps(wide: int) -> int:
+    return min(16, max(4, wide // 512))
+
+
+def _run(producer: str, x: Tensor, weight: Tensor, eps: float, cols: int, into: Into) -> Quantized:
+    rows, group = len(x), into.mode == "group"
+    codes = torch.empty(rows, cols, dtype=into.format.dtype, device=x.device)
+    across = -(-cols // 128) if group else 1
+    scale = torch.empty(across, rows, device=x.device).t()  # groups lie column by column, as cuBLASLt reads them
+    if rows:
+        wide = max(triton.next_power_of_2(cols), 128)
+        rows_to_codes[(rows,)](
+            x, weight, codes.view(torch.uint8), scale, scale if into.scale is None else into.scale, cols, eps,
+            *scale.stride(), PRODUCER=producer, MODE=into.mode, E4M3=into.format.name == "e4m3",
+            POWER=into.power_of_two and into.scale is None, BN=wide, num_warps=_warps(wide),
+            enable_fp_fusion=False, AHEAD=triton_launch.LAUNCH, launch_pdl=triton_launch.LAUNCH,
+        )  # fmt: skip
+    return Quantized(codes, scale if group else scale.reshape(rows, 1), into.tile if group else ROW, into.format)

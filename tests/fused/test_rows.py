@@ -1,0 +1,84 @@
+"""Rows to codes in one launch: in Triton's interpreter and on a Hopper GPU, as the definition has them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fp8.formats import format_of
+from fp8.fused.rows import Into, reference
+from fp8.tile import Tile
+
+triton = pytest.importorskip("fp8.fused.rows.triton")
+GPU = torch.device("cuda")
+
+
+def intos(device):
+    e4m3 = format_of("e4m3")
+    yield Into(e4m3, Tile.of("row"))
+    yield Into(e4m3, Tile.of("row"), power_of_two=False)
+    yield Into(e4m3, Tile.of("1x128"))
+    yield Into(e4m3, Tile.of("tensor"), scale=torch.tensor([[0.037]], device=device))
+    yield Into(format_of("e5m2"), Tile.of("row"))
+
+
+def equal(a, b) -> bool:
+    return torch.equal(a.codes.cpu().view(torch.uint8), b.codes.cpu().view(torch.uint8)) and torch.equal(
+        a.scale.cpu(), b.scale.cpu()
+    )
+
+
+def codes_are_those_of_the_definition(rows: int, cols: int, device: torch.device) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(rows, 2 * cols) * torch.randn(rows, 1).exp2()).bfloat16().to(device)
+    half, weight = x[:, :cols].contiguous(), (torch.rand(cols) + 0.5).bfloat16().to(device)
+    half[0, :2], half[-1, 3] = torch.tensor([float("nan"), float("inf")]), -0.0
+    need = reference.gated_values(x).float()
+    assert ((triton.gated_values(x).float() - need).abs() <= 2.0**-7 * need.abs() + 1e-30).all()
+    for into in intos(device):
+        assert equal(triton.row_codes(half, into), reference.row_codes(half, into)), into
+        assert equal(
+            triton.norm_codes(half[1:], weight, 1e-5, into), reference.norm_codes(half[1:], weight, 1e-5, into)
+        )
+        found, need = triton.gated_codes(x, into), reference.gated_codes(x, into)
+        assert found.tile == need.tile
+        near = (found.dequantize() - need.dequantize()).abs()  # one BF16 unit, and then one step of a code
+        step = 2.0 ** -(2 if into.format.name == "e4m3" else 1) * need.dequantize().abs() + 2.0**-6 * need.scale.max()
+        assert (near <= step).all()
+        same = (found.codes.view(torch.uint8) == need.codes.view(torch.uint8)).float().mean()
+        assert same > 0.98, (into, same)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "cols"), [(2, 336), (1 + 16, 4096), (3, 14336)])
+def test_codes_on_the_gpu(rows, cols):
+    codes_are_those_of_the_definition(rows, cols, GPU)
+
+
+INTERPRETED = """
+import sys
+sys.path[:0] = [{tests!r}, {here!r}]
+import triton_interpreter
+reason = triton_interpreter.install()
+if reason:
+    print("skip:", reason)
+    sys.exit()
+import torch
+import test_rows
+for rows, cols in ((2, 336), (5, 128)):
+    test_rows.codes_are_those_of_the_definition(rows, cols, torch.device("cpu"))
+print("done")
+"""
+
+
+def test_codes_in_the_interpreter():
+    here = Path(__file__).parent
+    script = INTERPRETED.format(tests=str(here.parent), here=str(here))
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300)
+    if done.stdout.startswith("skip"):
+        pytest.skip(done.stdout)
+    assert done.stdout.strip() == "done", done.stderr[-3000:]
