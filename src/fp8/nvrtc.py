@@ -23,6 +23,8 @@ import torch
 from .errors import BackendError
 
 Constants = tuple[tuple[str, int], ...]
+MOST_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 PACKAGE = Path(__file__).parent
 
 
@@ -150,7 +152,7 @@ def _enter_context(device: int) -> None:
 
 
 @functools.cache
-def _loaded(source: str, name: str, constants: Constants, device: int) -> ctypes.c_void_p:
+def _loaded(source: str, name: str, constants: Constants, device: int, shared: int) -> ctypes.c_void_p:
     if torch.cuda.is_current_stream_capturing():
         raise BackendError(f"{name} of {source} is first needed while a CUDA graph is captured: run the step before.")
     major, minor = torch.cuda.get_device_capability(device)
@@ -160,18 +162,49 @@ def _loaded(source: str, name: str, constants: Constants, device: int) -> ctypes
         _enter_context(device)
         _done(_driver().cuModuleLoadData(ctypes.byref(module), binary), f"loading {source}")
         _done(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"finding {name}")
+        _done(
+            _driver().cuFuncSetAttribute(function, MOST_SHARED, shared), f"{shared} bytes of shared memory for {name}"
+        )
     return function
 
 
+class Attribute(ctypes.Structure):
+    """`CUlaunchAttribute`: its name, and at an offset of 8 a union of 64 bytes, of which `allowed` is the one used."""
+
+    _fields_ = (
+        ("name", ctypes.c_int), ("gap", ctypes.c_int), ("allowed", ctypes.c_int), ("rest", ctypes.c_int * 15),
+    )  # fmt: skip
+
+
+class Config(ctypes.Structure):
+    """`CUlaunchConfig`."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
 def launch(
-    source: str, name: str, constants: Constants, device: torch.device, blocks: int, threads: int, *arguments: object
-) -> None:
-    """Start a kernel on the current stream. Arguments are ctypes values or structures, in the kernel's order."""
+    source: str, name: str, constants: Constants, device: torch.device, blocks: int, threads: int, *arguments: object,
+    shared: int = 0, early: bool = False,
+) -> None:  # fmt: skip
+    """Start a kernel on the current stream. Arguments are ctypes values or structures, in the kernel's order; `shared`
+    bytes of shared memory are its own to divide.
+
+    early    programmatic dependent launch: it may start while the kernel before it still runs, and must itself execute
+             `griddepcontrol.wait` before it reads what that one writes or writes what that one reads. When that is
+             allowed, the kernel before says by `griddepcontrol.launch_dependents`, or by ending. Holds in CUDA graphs.
+    """
     index = torch.cuda.current_device() if device.index is None else device.index
-    function = _loaded(source, name, constants, index)
+    function = _loaded(source, name, constants, index, shared)
     pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))  # type: ignore[arg-type]
     stream = ctypes.c_void_p(torch.cuda.current_stream(index).cuda_stream)
     with torch.cuda.device(index):
         _enter_context(index)
-        status = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, pointers, None)
+        attribute = Attribute(name=EARLY, allowed=int(early))
+        config = Config(
+            (blocks, 1, 1), (threads, 1, 1), shared, stream.value, ctypes.addressof(attribute), int(early)
+        )
+        status = _driver().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None)
     _done(status, f"starting {name}")
