@@ -20,12 +20,28 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
 }
 DECODER = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 256}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+EXPERTS = {"head_dim": 48, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 64}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", DECODER),
     "tied": ("LlamaForCausalLM", DECODER | {"tie_word_embeddings": True}),
     "odd": ("LlamaForCausalLM", DECODER | {"hidden_size": 48, "intermediate_size": 100}),
     "qwen2": ("Qwen2ForCausalLM", DECODER | {"layer_types": ["full_attention"] * 2}),
     "mixtral": ("MixtralForCausalLM", DECODER | {"num_local_experts": 2}),
+    "llama3": ("LlamaForCausalLM", DECODER | {"rope_parameters": LLAMA3}),
+    "biased": ("LlamaForCausalLM", DECODER | {"attention_bias": True}),
+    "mistral": ("MistralForCausalLM", DECODER | {"head_dim": 16, "sliding_window": None}),
+    "qwen3": ("Qwen3ForCausalLM", DECODER | {"head_dim": 64}),
+    "mixtral4": ("MixtralForCausalLM", DECODER | {"num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", DECODER | EXPERTS),
+    "qwen3_moe_mixed": ("Qwen3MoeForCausalLM", DECODER | EXPERTS | {"mlp_only_layers": [0], "norm_topk_prob": True}),
     "bert": ("BertModel", SIZES),
     "gpt2": ("GPT2LMHeadModel", {"vocab_size": 260, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}),
 }

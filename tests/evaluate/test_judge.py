@@ -20,9 +20,10 @@ from fp8.errors import CheckpointError, ConfigError
 from fp8.evaluate.intervals import paired_difference, ratio_mean
 from fp8.evaluate.judge import StoppedError, judge, variants
 from fp8.evaluate.measurement import TaskMeasurement, TextMeasurement
-from fp8.evaluate.schemes import Int8Linear, apply_scheme, int8_rows, recipe_of
+from fp8.evaluate.schemes import apply_scheme, recipe_of
 from fp8.evaluate.subject import ModelSpec, engine_for, open_causal
 from fp8.evaluate.tasks import Answer, Choice, Ending, Task
+from fp8.nn.int8_linear import Int8Linear, int8_rows
 
 CHOICES = Task("pick", [Choice(str(i), "Call me" + "!" * i, (" A", " B", " C"), i % 3) for i in range(6)])
 ENDINGS = Task("last", [Ending(str(i), "I went to sea" + "." * i, " ago") for i in range(4)])
@@ -198,7 +199,7 @@ def test_a_result_does_not_depend_on_the_batch(llama: Path) -> None:
 def test_int8_rounds_each_row_by_its_own_largest() -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(64, 32).requires_grad_(False), torch.randn(5, 64)
-    y = Int8Linear(layer)(x)
+    y = Int8Linear(layer.weight, layer.bias)(x)
     (a, s), (w, t) = int8_rows(x), int8_rows(layer.weight)
     exact = (a.long() @ w.long().t()).double() * s * t.t() + layer.bias
     assert torch.allclose(y.double(), exact, rtol=1e-6, atol=1e-6)

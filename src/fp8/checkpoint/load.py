@@ -8,7 +8,7 @@ is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def take_frozen(config: DecoderConfig, tensors: dict[str, Tensor], groups: Group
     for ours, parts in shards(config).items():
         if ours.endswith("norm") or ours == "embedding" or (ours == "head" and config.tie_embeddings):
             continue
-        if (scheme := common_scheme(parts, groups)) is not None:
+        if (scheme := common_scheme([part.name for part in parts], groups)) is not None:
             weight = take_weight(tensors, parts, scheme, groups, config)
             inputs = take_input_scale(tensors, parts, groups) if scheme.inputs == "static" else None
             found[ours] = FrozenLinear(
@@ -119,9 +119,9 @@ def take_frozen(config: DecoderConfig, tensors: dict[str, Tensor], groups: Group
     return found
 
 
-def common_scheme(parts: list[Shard], groups: Groups) -> Scheme | None:
-    """The scheme that all shards of one matrix have."""
-    schemes = {part.name: groups.scheme(part.name) for part in parts}
+def common_scheme(parts: Sequence[str], groups: Groups) -> Scheme | None:
+    """The scheme that all the named shards of one matrix have."""
+    schemes = {part: groups.scheme(part) for part in parts}
     if len(set(schemes.values())) > 1:
         names = ", ".join(f"{name} ({'high precision' if s is None else 'FP8'})" for name, s in schemes.items())
         raise CheckpointError(f"these are rows of one matrix and must have one scheme: {names}.")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import Fp8Error
-from ..models.huggingface import from_config
+from ..models.architecture import Architecture
 from .compressed_tensors import Scheme
 from .fp8_folder import Fp8Folder
 from .layers import fused_group
@@ -138,9 +138,6 @@ def _transformers(folder: Fp8Folder) -> Reasons:
 
 def _ours(folder: Fp8Folder) -> Reasons:
     try:
-        from_config(folder.source.config)
+        Architecture.of(folder.source.config)
     except Fp8Error as error:
         yield NO, f"{error} It verifies and converts it all the same."
-        return
-    if folder.kv:
-        yield YES, "its KV cache measures a scale a token and passes over the file's"

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,23 @@ class Source:
             raise CheckpointError(f"the checkpoint {self.folder} has no tensor {name!r}.")
         with opened(self.folder / self.entries[name].file) as file:
             return file.get_tensor(name)
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[str], Tensor]]:
+        """`read`, with files that stay open until the end: for who reads all there is. The header of a file with
+        thousands of experts takes longer to read than one of them."""
+        with ExitStack() as stack:
+            files: dict[str, Any] = {}
+
+            def read(name: str) -> Tensor:
+                if name not in self.entries:
+                    return self.read(name)
+                file = self.entries[name].file
+                if file not in files:
+                    files[file] = stack.enter_context(opened(self.folder / file))
+                return files[file].get_tensor(name)
+
+            yield read
 
     def beside(self, without: Path) -> Iterator[Path]:
         """The files that are not weights and go along, relative to the folder; none of the folder `without`, which may

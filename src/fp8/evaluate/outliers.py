@@ -58,7 +58,7 @@ from ..calibrate.smoothing import rounded_input, rounded_weight, row_errors, sea
 from ..checkpoint.compressed_tensors import Scheme
 from ..checkpoint.quantize import SCHEMES
 from ..errors import ConfigError
-from .schemes import int8_rows
+from ..nn.int8_linear import int8_rows
 
 CASES = ("channels", "balanced", "tokens")
 FACTORS = (20.0, 50.0, 100.0, 200.0, 1e3, 1e4, 1e5)

@@ -23,19 +23,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..checkpoint.quantize import SCHEMES as EXPORTED
 from ..checkpoint.quantize import quantize_weight
 from ..errors import ConfigError, suggest
 from ..nn import convert, refresh, revert
+from ..nn.int8_linear import Int8Linear
 from ..recipe import PRESETS, Operand, Recipe
 from ..tile import Tile
 
 TILES = {"dynamic": Tile(1, 0), "weight-only": Tile(1, 0), "block": Tile(128, 128), "int8": Tile(1, 0)}
 SCHEMES = ("none", "dynamic", "block", "weight-only", "int8")
-INT8_MAX = 127.0
 
 
 def apply_scheme(model: nn.Module, scheme: str) -> str:
@@ -87,47 +86,8 @@ def replace_weights(model: nn.Module, names: list[str], scheme: str) -> None:
             raise ConfigError(f"scheme {scheme!r} knows linear layers only; {name} is a {type(layer).__name__}.")
         if scheme == "int8":
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Int8Linear(layer))
+            setattr(model.get_submodule(parent), child, Int8Linear(layer.weight, layer.bias))
         else:
             weight = quantize_weight(layer.weight.detach(), EXPORTED["weight-only"])
             rounded = weight.dequantize(layer.weight.dtype)
             layer.weight = nn.Parameter(rounded, requires_grad=False)
-
-
-class Int8Linear(nn.Module):
-    """`y = x W^T + b` as INT8 W8A8 computes it: x [..., K], W [N, K], both as whole numbers in [-127, 127] times a
-    scale a row."""
-
-    codes: Tensor
-    scale: Tensor
-    bias: Tensor | None
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        codes, scale = int8_rows(layer.weight.detach())
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
-
-    @property
-    def weight(self) -> Tensor:
-        """What the codes stand for; some models ask a layer for the type and place of its weight."""
-        return self.codes.float() * self.scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        codes, scale = int8_rows(x.reshape(-1, x.shape[-1]))
-        y = (codes.double() @ self.codes.double().t()).float() * scale * self.scale.t()
-        y = y if self.bias is None else y + self.bias.float()
-        return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
-
-
-def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """INT8 codes `[R, K]`, rounded to nearest even, and FP32 scales `[R, 1]` of a matrix; a row of zeros has scale 1.
-
-    >>> codes, scale = int8_rows(torch.tensor([[127.0, 0.5, -63.5]]))
-    >>> codes.tolist(), scale.tolist()
-    ([[127, 0, -64]], [[1.0]])
-    """
-    amax = x.float().abs().amax(1, keepdim=True)
-    scale = torch.where(amax > 0, amax / INT8_MAX, torch.ones_like(amax))
-    return (x.float() / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale

@@ -1,0 +1,66 @@
+"""Attention over a cache in pages, which many sequences share: the doors.
+
+`pages.py` is the memory, `rows.py` what is asked; `reference.py` is the definition of both operations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...backends import Backend, choose
+from ...errors import ShapeError, TensorError
+from .pages import PAGED_DTYPES, LayerPages, PagedCache
+from .rows import Rows
+
+__all__ = ["BACKENDS", "PAGED_DTYPES", "LayerPages", "PagedCache", "Rows", "attend", "rope_write"]
+
+BACKENDS = (Backend("reference", "nothing", lambda x: None, "fp8.attention.paged.reference"),)
+
+
+def rope_write(
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    layer: LayerPages,
+    rope: tuple[Tensor, Tensor],
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Turn queries and keys, store keys and values in their pages; the queries `[T, H, D]`, BF16.
+
+    qkv              BF16 [T, (H + 2 KV) D], contiguous: heads of queries, of keys, of values
+    positions        int32 [T]
+    slots            int64 [T]: page * page_size + offset; -1: nothing is stored. No two are the same
+    rope             cos and sin, FP32 [positions, D / 2]
+    q_norm, k_norm   [D]: weights of an RMS norm of each head before the rotation, with `eps`
+
+    Codes are those of `attention.LayerCache` for the same BF16 keys and values. Raises `TensorError`, `ShapeError`.
+    """
+    if qkv.dtype != torch.bfloat16:
+        raise TensorError(f"rope_write takes the joined product in bfloat16, not {str(qkv.dtype)[6:]}.")
+    if qkv.dim() != 2 or qkv.shape[1] % layer.head_dim or qkv.shape[1] // layer.head_dim <= 2 * layer.num_kv_heads:
+        raise ShapeError(
+            f"rope_write takes [T, (H + 2 * {layer.num_kv_heads}) * {layer.head_dim}] for this cache, not "
+            f"{list(qkv.shape)}."
+        )
+    return choose("rope_write", BACKENDS, qkv).run(qkv, positions, slots, layer, rope, q_norm, k_norm, eps)
+
+
+def attend(q: Tensor, layer: LayerPages, batch: Rows, scale: float) -> Tensor:
+    """Causal attention of new rows over everything stored of their sequences: `[T, H * D]`, BF16.
+
+    q       BF16 [T, H, D]; the row at position p sees the keys j <= p of its own sequence
+    scale   multiplies q · k, usually 1 / sqrt(D)
+
+    A row's result depends on its query and on the keys that it sees, not on the rest of the batch. Raises
+    `TensorError`, `ShapeError`.
+    """
+    if q.dtype != torch.bfloat16:
+        raise TensorError(f"attend takes queries in bfloat16, not {str(q.dtype)[6:]}.")
+    if q.dim() != 3 or q.shape[2] != layer.head_dim or q.shape[1] % layer.num_kv_heads:
+        raise ShapeError(
+            f"attend takes [T, H, {layer.head_dim}] with H a multiple of {layer.num_kv_heads}, not {list(q.shape)}."
+        )
+    return choose("attend", BACKENDS, q).run(q, layer, batch, scale)

@@ -1,0 +1,136 @@
+"""What a layer of a served model does between its attention and its residual stream: few calls, each one a fusion.
+
+    norm_linear        product(norm(h))                     qkv, gate and up
+    linear_add         residual + product(x)                the attention's output
+    gated_linear_add   residual + product(silu(a) * b)      down
+    norm_logits        product(norm(h)) in FP32             the head
+
+x, h and every result are BF16 matrices, one row a token; `product` is `x W^T + b`. What is here is the definition, step
+by step: each step rounds to BF16 what the next one reads, and an FP8 layer quantizes the rounded value. A kernel may
+join the steps of a call; it may not skip a rounding.
+
+    norm       `fused/norm`: RN(RN32(RN32(h * rstd) * weight))
+    silu       `fused/activation`: RN(silu(a) * b), in FP32
+    product    FP8: `fp8.matmul` of codes, quantized as the checkpoint says, whatever the number of rows
+               INT8, for comparison: `nn/int8_linear.py`
+               BF16, and weight-only FP8 once decoded: FP32 products and sums, then the bias, then one rounding
+    residual   RN(residual + product)
+
+**A row's result never depends on its company.** A product of FP8 or INT8 is summed exactly, so the order of the sum,
+which libraries choose by the number of rows, does not matter. A BF16 product is not: on a CPU it is computed for `ROWS`
+rows at a time, filled up with zeros, so that every call has the same shape. (Where in the block a row stands must not
+matter either. For MKL's FP32 products it does not, at any shape that was tried: the tests hold it.) The gate runs row
+by row: torch computes what is left over of a vector by another exponential, and where that falls depends on the shape.
+On a GPU these come from cuBLAS and kernels, in one piece.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ...fused.activation import activation
+from ...fused.norm import norm as fused_norm
+from ...matmul import run_matmul
+from ...nn.frozen_linear import FrozenLinear
+from ...nn.int8_linear import Int8Linear
+
+ROWS = 16  # rows of one BF16 product on a CPU
+SLAB = 1 << 12  # outputs whose weights are widened at once
+
+
+class Norm(nn.Module):
+    """An RMS norm's weight, BF16 [K], and epsilon."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.eps = eps
+
+
+class Linear(nn.Module):
+    """A matrix in BF16 [N, K], with or without a bias [N]. One in FP8 is a `FrozenLinear`."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+
+Matrix = Linear | FrozenLinear | Int8Linear
+
+
+# --------------------------------------------------------------------------- the calls of a layer
+
+
+def norm_linear(h: Tensor, norm: Norm, linear: Matrix) -> Tensor:
+    """The product `[T, N]` of the norm of h [T, K]."""
+    return product(normed(h, norm), linear)
+
+
+def linear_add(x: Tensor, linear: Matrix, residual: Tensor) -> Tensor:
+    """`residual [T, N]` and the product of x [T, K], added."""
+    return residual + product(x, linear)
+
+
+def gated_linear_add(gate_up: Tensor, linear: Matrix, residual: Tensor) -> Tensor:
+    """`residual [T, N]` and the product of silu(gate) * up, added; `gate_up` holds both side by side, [T, 2 K]."""
+    return linear_add(gated(gate_up), linear, residual)
+
+
+def norm_logits(h: Tensor, norm: Norm, head: Matrix) -> Tensor:
+    """The logits `[T, V]` of h [T, K], FP32: the head's sums are not rounded to BF16."""
+    return product(normed(h, norm), head, torch.float32)
+
+
+# --------------------------------------------------------------------------- their steps
+
+
+def normed(h: Tensor, norm: Norm) -> Tensor:
+    """The RMS norm of each row, BF16."""
+    _, _, y = fused_norm(h, None, norm.weight, norm.eps, torch.bfloat16, None)
+    assert isinstance(y, Tensor)
+    return y
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up`, BF16 [T, K], of [T, 2 K]."""
+    rows = gate_up.split(1) if gate_up.device.type == "cpu" else (gate_up,)
+    parts = [activation(row, "silu", True, None) for row in rows]
+    return torch.cat([part for part in parts if isinstance(part, Tensor)])
+
+
+def product(x: Tensor, linear: Matrix, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """`x W^T + b`, rounded once to `dtype`: `[T, N]`."""
+    if isinstance(linear, Linear):
+        return high_product(x, linear.weight, linear.bias, dtype)
+    if isinstance(linear, Int8Linear):
+        return linear(x, dtype)
+    weight = linear.quantized_weight()
+    if linear.weight_only:
+        return high_product(x, weight.dequantize(x.dtype), linear.bias, dtype)
+    return run_matmul(linear.quantized_input(x), weight, dtype, linear.recipe.accumulate.forward, linear.bias)
+
+
+def high_product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A product of BF16 matrices, summed in FP32."""
+    if x.device.type != "cpu":
+        if dtype == x.dtype:
+            return nn.functional.linear(x, weight, bias)
+        y = torch.mm(x, weight.t(), out_dtype=dtype)
+    else:
+        y = torch.cat([_in_blocks(x, slab) for slab in weight.split(SLAB)], 1)
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def _in_blocks(x: Tensor, weight: Tensor) -> Tensor:
+    """`x W^T` in FP32, `ROWS` rows at a time."""
+    wide, tokens = weight.float().t(), x.shape[0]
+    full = x.new_zeros(-(-tokens // ROWS) * ROWS, x.shape[1], dtype=torch.float32)
+    full[:tokens] = x
+    return torch.cat([block @ wide for block in full.split(ROWS)])[:tokens]
