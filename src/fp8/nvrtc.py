@@ -203,8 +203,6 @@ def launch(
     with torch.cuda.device(index):
         _enter_context(index)
         attribute = Attribute(name=EARLY, allowed=int(early))
-        config = Config(
-            (blocks, 1, 1), (threads, 1, 1), shared, stream.value, ctypes.addressof(attribute), int(early)
-        )
+        config = Config((blocks, 1, 1), (threads, 1, 1), shared, stream.value, ctypes.addressof(attribute), int(early))
         status = _driver().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None)
     _done(status, f"starting {name}")

@@ -1,0 +1,109 @@
+"""Products of few rows in CUDA: the plan on any machine, the kernel's resources where NVRTC is, its sums on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp8 import nvrtc, quantize
+from fp8.matmul.budget import budget, exact_product
+from fp8.matmul.skinny import cuda
+from fp8.quantize.record import Quantized
+from sass import resources
+
+CONSTANTS = {
+    "R": 2, "TOKENS": 16, "WARPS": 8, "STAGES": 4, "BF16": 0, "ALONG": 0, "BIAS": 0, "OUT32": 0, "RESIDUAL": 0,
+    "ROW_X": 1, "ROW_W": 1,
+}  # fmt: skip
+TILES = [("row", "row"), ("tensor", "tensor"), ("row", "tensor"), ("1x128", "128x128")]
+gpu = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("tokens", [8, 16, 32, 64])
+@pytest.mark.parametrize("cols", [1, 100, 4096, 6144, 28672, 128256])
+def test_a_plan_fits_and_its_sums_are_divided_alike_for_every_shape(cols: int, tokens: int) -> None:
+    plan = cuda.plan(cols, tokens)
+    assert plan.shared(tokens) <= cuda.SHARED
+    assert plan.warps == 8 and plan.stages >= 2
+
+
+@pytest.mark.skipif(nvrtc.why_not() is not None, reason="NVRTC is not installed")
+@pytest.mark.parametrize("other", [{}, {"TOKENS": 64}, {"ALONG": 1}, {"BF16": 1, "OUT32": 1}, {"R": 1, "BIAS": 1}])
+def test_no_register_is_spilled(other: dict[str, int], tmp_path) -> None:
+    used = resources(nvrtc.build(cuda.SOURCE, CONSTANTS | other, "90"), tmp_path)
+    assert used["STACK"] == 0 and used["REG"] <= 168
+
+
+def operands(rows: int, cols: int, depth: int, tiles: tuple[str, str]) -> tuple[Quantized, Quantized]:
+    torch.manual_seed(rows)
+    x, w = torch.randn(rows, depth).bfloat16(), torch.randn(cols, depth).bfloat16()
+    return quantize(x, "e4m3", tiles[0]), quantize(w, "e4m3", tiles[1])
+
+
+def there(q: Quantized) -> Quantized:
+    return Quantized(q.codes.cuda(), q.scale.cuda(), q.tile, q.format)
+
+
+@gpu
+@pytest.mark.parametrize("tiles", TILES, ids="*".join)
+@pytest.mark.parametrize(("rows", "cols", "depth"), [(1, 256, 4096), (5, 200, 1040), (16, 96, 14336), (64, 33, 512)])
+def test_the_product_is_within_its_budget(rows: int, cols: int, depth: int, tiles: tuple[str, str]) -> None:
+    x, w = operands(rows, cols, depth, tiles)
+    bias = torch.randn(cols).bfloat16()
+    y = cuda.skinny(there(x), there(w), torch.float32, bias.cuda(), None).cpu().double()
+    allowed = budget(x, w, torch.float32, "promoted", bias=bias)
+    allowed = allowed if isinstance(allowed, torch.Tensor) else allowed.likely
+    assert ((y - exact_product(x, w, bias)).abs() <= allowed).all()
+
+
+@gpu
+@pytest.mark.parametrize("tiles", TILES, ids="*".join)
+def test_a_row_has_the_same_bits_alone_and_in_company(tiles: tuple[str, str]) -> None:
+    x, w = (there(q) for q in operands(64, 320, 2048, tiles))
+    whole = cuda.skinny(x, w, torch.float32, None, None)
+    for rows in (1, 2, 7, 8, 9, 16, 33):
+        scale = x.scale if str(x.tile) == "tensor" else x.scale[:rows].contiguous()
+        some = Quantized(x.codes[:rows].contiguous(), scale, x.tile, x.format)
+        for early in (True, False):
+            assert torch.equal(cuda.skinny(some, w, torch.float32, None, None, early=early), whole[:rows])
+
+
+@gpu
+def test_the_residual_is_added_to_the_rounded_product() -> None:
+    x, w = (there(q) for q in operands(6, 512, 1024, ("row", "row")))
+    residual = torch.randn(6, 512, device="cuda").bfloat16()
+    y = cuda.skinny(x, w, torch.bfloat16, None, None)
+    assert torch.equal(cuda.skinny(x, w, torch.bfloat16, None, residual), residual + y)
+    assert torch.equal(y, cuda.skinny(x, w, torch.float32, None, None).bfloat16())
+
+
+@gpu
+@pytest.mark.parametrize("rows", [1, 16])
+def test_bf16_sums_in_fp32(rows: int) -> None:
+    x, w = (torch.randn(n, 4096, device="cuda").bfloat16() for n in (rows, 100))
+    exact = x.double() @ w.double().t()
+    error = (cuda.skinny(x, w, torch.float32, None, None).double() - exact).abs()
+    assert (error <= 2.0**-20 * (x.double().abs() @ w.double().abs().t())).all()
+
+
+@gpu
+def test_a_chain_that_starts_early_reads_what_was_written() -> None:
+    """Each product of a graph reads the last one's output: none may run ahead of it."""
+    x = torch.randn(4, 1024, device="cuda").bfloat16()
+    ws = [(torch.randn(1024, 1024, device="cuda") / 32).bfloat16() for _ in range(12)]
+
+    def chain(early: bool) -> torch.Tensor:
+        y = x
+        for w in ws:
+            y = cuda.skinny(y, w, torch.bfloat16, None, None, early=early)
+        return y
+
+    expected = chain(False)
+    assert torch.equal(chain(True), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(True)
+    for _ in range(20):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, expected)
