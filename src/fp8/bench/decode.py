@@ -3,13 +3,17 @@
     python -m fp8.bench.decode --out DIR [--variants]
 
 **Products.** Every matrix of a layer, and the head, for few rows: our kernels, cuBLASLt (`torch._scaled_mm`, scales a
-row) and BF16 (cuBLAS). A CUDA graph goes through copies of the weight that together exceed the L2 several times, so each
-read comes from memory; the figure is the median share of a call. `early` is programmatic dependent launch: the next
-product fetches its first weights while this one ends.
+row) and BF16 (cuBLAS). A CUDA graph goes through copies of the weight that together exceed the L2 several times, so
+that each read comes from memory; the figure is the median share of a call. `early` is programmatic dependent launch:
+the next product fetches its first weights while this one ends.
 
-**A layer.** The four products of a layer, eight layers in a row, one graph: what the launches cost, with and without it.
+**Attention.** A decode step over a paged FP8 cache, 32 query heads, 8 key heads, a scale a token and head.
 
-The floor is the weight's bytes at 4.37 TB/s, which an H200 reads at best. `--variants` times other plans than ours.
+**A layer.** The four products of a layer, eight layers in a row, in one graph: what the launches cost, with early
+launch and without.
+
+The floor is the bytes of weights, or of keys and values, at 4.37 TB/s, which an H200 reads at best. `--variants` times
+other plans than ours.
 """
 
 from __future__ import annotations
@@ -24,9 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attention.paged import LayerPages
+from ..attention.paged import cuda as paged
+from ..backends import function
 from ..matmul.skinny import cuda
 from ..quantize import quantize
 from ..quantize.record import Quantized
+from ..serve.batch import Batch
 from .machine import machine, save
 from .quantize import microseconds
 
@@ -36,7 +44,9 @@ HEAD = {"head": (128256, 4096)}
 ROWS = (1, 4, 16, 32, 64)
 APART = 400e6  # bytes of copies that are gone through
 Product = Callable[[Any], Tensor]
-TRITON = "fp8.matmul.skinny.triton"
+CACHES = ((16, 1024), (64, 1024), (16, 16384), (64, 8192))  # sequences, keys
+HEADS, KV, WIDTH, PAGE = 32, 8, 128, 64
+TRITON, PAGED_TRITON = "fp8.matmul.skinny.triton", "fp8.attention.paged.triton"
 
 
 def weights(shape: tuple[int, int], fp8: bool) -> list[Any]:
@@ -58,8 +68,6 @@ def products(rows: int, depth: int) -> Iterator[tuple[str, bool, Product]]:
         name = "cuda early" if early else "cuda"
         yield name, True, lambda w, early=early: cuda.skinny(codes, w, torch.bfloat16, None, None, early=early)
     if find_spec(TRITON) is not None:
-        from ..backends import function
-
         run = function(TRITON, "skinny")
         yield "triton", True, lambda w: run(codes, w, torch.bfloat16, None, None)
         yield "triton bf16", False, lambda w: run(x, w, torch.bfloat16, None, None)
@@ -114,6 +122,52 @@ def layers(rows: int, count: int = 8) -> list[dict[str, Any]]:
     return found
 
 
+# --------------------------------------------------------------------------- attention
+
+
+def cache_of(sequences: int, length: int) -> tuple[list[LayerPages], Batch, Tensor]:
+    """Layers that together exceed the L2, full of codes; a batch that decodes; its queries."""
+    pages = sequences * length // PAGE
+    layer = 2 * pages * PAGE * KV * WIDTH
+    layers = []
+    for _ in range(max(2, min(16, round(APART / layer)))):
+        codes = [torch.randint(0, 256, (pages, KV, PAGE, WIDTH), dtype=torch.uint8, device="cuda") & 0xFE
+                 for _ in range(2)]  # fmt: skip
+        scales = [torch.full((pages, KV, PAGE), 2.0**-9, device="cuda") for _ in range(2)]
+        saturated = torch.zeros(1, dtype=torch.int64, device="cuda")
+        layers.append(LayerPages(*(c.view(torch.float8_e4m3fn) for c in codes), *scales, saturated))
+    table = torch.randperm(pages, device="cuda").view(sequences, -1).int()
+    every = torch.arange(sequences + 1, device="cuda")
+    lengths = torch.full((sequences,), length, dtype=torch.int32, device="cuda")
+    slots = table[:, -1].long() * PAGE + PAGE - 1
+    batch = Batch(every[:-1], lengths - 1, slots, every.int(), lengths, table, every[:-1], True)
+    return layers, batch, torch.randn(sequences, HEADS, WIDTH, device="cuda").bfloat16()
+
+
+def attention(sequences: int, length: int, others: bool) -> list[dict[str, Any]]:
+    """Every implementation, and with `others` other plans of ours, over an FP8 cache with a scale a token and head."""
+    layers, batch, q = cache_of(sequences, length)
+    scale = WIDTH**-0.5
+    runs: dict[str, Product] = {
+        "cuda early": lambda p: paged.attend(q, p, batch, scale),
+        "cuda": lambda p: paged.attend(q, p, batch, scale, early=False),
+    }
+    if find_spec(PAGED_TRITON) is not None:
+        run = function(PAGED_TRITON, "attend")
+        runs["triton"] = lambda p: run(q, p, batch, scale)
+    if others:
+        for keys, warps, stages in itertools.product((256, 512, 1024), (4, 8), (2, 3, 4)):
+            use = paged.Plan(keys, warps, stages)
+            runs[f"{keys} {warps} {stages}"] = lambda p, use=use: paged.attend(q, p, batch, scale, use)
+    moved = 2 * sequences * length * KV * (WIDTH + 4)
+    found = []
+    for name, call in runs.items():
+        us = timed(call, layers)
+        share = moved / us / 1e-6 / PEAK if isinstance(us, float) else None
+        found.append({"matrix": f"{length} keys", "rows": sequences, "product": name, "us": us, "share": share})
+    return found
+
+
 def variants(name: str, shape: tuple[int, int]) -> list[dict[str, Any]]:
     """Other plans of the CUDA kernel, with early launch."""
     over, found = weights(shape, True), []
@@ -144,6 +198,11 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def cell(row: dict[str, Any]) -> str:
+    """One implementation's figures, or what it said."""
+    return f"{row['product']} " + (f"{row['us']:.1f} ({row['share']:.0%})" if row["share"] else str(row["us"]))
+
+
 def best(found: list[dict[str, Any]], most: int = 4) -> list[dict[str, Any]]:
     """The fastest few of each matrix and number of rows."""
     kept = []
@@ -165,6 +224,11 @@ def main(arguments: list[str] | None = None) -> None:
     for name, shape in (MATRICES | HEAD).items():
         found += (some := measure(name, shape))
         print(table(some), flush=True)
+        torch.cuda.empty_cache()
+    for sequences, length in CACHES:
+        some = attention(sequences, length, options.variants)
+        found += some
+        print(table(some[:3]), "| best:", table(best(some[3:], 2)), flush=True)
         torch.cuda.empty_cache()
     for rows in (1, 16):
         found += (some := layers(rows))
