@@ -156,7 +156,7 @@ def attention(sequences: int, length: int, others: bool) -> list[dict[str, Any]]
         run = function(PAGED_TRITON, "attend")
         runs["triton"] = lambda p: run(q, p, batch, scale)
     if others:
-        for keys, warps, stages in itertools.product((256, 512, 1024), (4, 8), (2, 3, 4)):
+        for keys, warps, stages in itertools.product((256, 512), (4, 8), (3, 4)):
             use = paged.Plan(keys, warps, stages)
             runs[f"{keys} {warps} {stages}"] = lambda p, use=use: paged.attend(q, p, batch, scale, use)
     moved = 2 * sequences * length * KV * (WIDTH + 4)
@@ -171,7 +171,7 @@ def attention(sequences: int, length: int, others: bool) -> list[dict[str, Any]]
 def variants(name: str, shape: tuple[int, int]) -> list[dict[str, Any]]:
     """Other plans of the CUDA kernel, with early launch."""
     over, found = weights(shape, True), []
-    for rows, sixteens, warps, stages in itertools.product((1, 16), (1, 2, 4), (8, 16), (3, 4, 6, 8)):
+    for rows, sixteens, warps, stages in itertools.product((1, 16), (1, 2), (8, 16), (3, 4, 6)):
         use, tokens = cuda.Plan(sixteens, warps, stages), max(8, rows)
         if use.shared(tokens) > cuda.SHARED:
             continue
