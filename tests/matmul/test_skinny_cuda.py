@@ -6,29 +6,37 @@ import pytest
 import torch
 
 from fp8 import nvrtc, quantize
+from fp8.formats import format_of
+from fp8.fused.norm.reference import rstd_of, values
 from fp8.matmul.budget import budget, exact_product
 from fp8.matmul.skinny import cuda
+from fp8.quantize import run_quantize
 from fp8.quantize.record import Quantized
+from fp8.tile import Tile
 from sass import resources
 
 CONSTANTS = {
     "R": 2, "TOKENS": 16, "WARPS": 8, "STAGES": 4, "BF16": 0, "ALONG": 0, "BIAS": 0, "OUT32": 0, "RESIDUAL": 0,
-    "ROW_X": 1, "ROW_W": 1,
+    "ROW_X": 1, "ROW_W": 1, "PREPARED": 0,
 }  # fmt: skip
+PREPARED = {"TOKENS": 8, "PREPARED": 4, "NORM": 1, "W32": 0, "POWER": 1, "VECTORS": 4}  # the most that is held
 TILES = [("row", "row"), ("tensor", "tensor"), ("row", "tensor"), ("1x128", "128x128")]
 gpu = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("tokens", [8, 16, 32, 64])
 @pytest.mark.parametrize("cols", [1, 100, 4096, 6144, 28672, 128256])
-def test_a_plan_fits_and_its_sums_are_divided_alike_for_every_shape(cols: int, tokens: int) -> None:
+def test_a_plan_fits_prepared_rows_too_and_its_sums_are_divided_alike_for_every_shape(cols: int, tokens: int) -> None:
     plan = cuda.plan(cols, tokens)
     assert plan.shared(tokens) <= cuda.SHARED
+    assert cuda.plan(cols, 8).shared(8, cuda.LONGEST) <= cuda.SHARED
     assert plan.warps == 8 and plan.stages >= 2
 
 
 @pytest.mark.skipif(nvrtc.why_not() is not None, reason="NVRTC is not installed")
-@pytest.mark.parametrize("other", [{}, {"TOKENS": 64}, {"ALONG": 1}, {"BF16": 1, "OUT32": 1}, {"R": 1, "BIAS": 1}])
+@pytest.mark.parametrize(
+    "other", [{}, {"TOKENS": 64}, {"ALONG": 1}, {"BF16": 1, "OUT32": 1}, {"R": 1, "BIAS": 1}, PREPARED]
+)
 def test_no_register_is_spilled(other: dict[str, int], tmp_path) -> None:
     used = resources(nvrtc.build(cuda.SOURCE, CONSTANTS | other, "90"), tmp_path)
     assert used["STACK"] == 0 and used["REG"] <= 168
@@ -107,3 +115,28 @@ def test_a_chain_that_starts_early_reads_what_was_written() -> None:
         y.zero_()
         graph.replay()
         assert torch.equal(y, expected)
+
+
+@gpu
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize(("normed", "given", "power"), [(1, 0, 1), (1, 0, 0), (0, 0, 1), (1, 1, 0)])
+def test_a_product_that_makes_its_codes_has_the_bits_of_one_that_is_given_them(rows, normed, given, power) -> None:
+    for depth in (4096, 8192, 1040):
+        torch.manual_seed(depth)
+        x = (torch.randn(rows, depth) * torch.randn(rows, 1).exp()).bfloat16()
+        if depth == 1040:
+            x[0, 5], x[rows - 1, 7] = float("nan"), float("inf")
+        weight = torch.rand(depth).bfloat16() + 0.5
+        y = values(x, rstd_of(x, 1e-5), weight, torch.bfloat16) if normed else x
+        scale = torch.full((1, 1), 0.0123) if given else None
+        every = None if scale is None else scale.expand(rows, 1).contiguous()
+        codes, scales, _ = run_quantize(y, every, format_of("e4m3"), Tile.of("row"), bool(power))
+        _, w = operands(1, 320, depth, ("row", "row"))
+        expected = cuda.skinny(
+            there(Quantized(codes, scales, Tile.of("row"), format_of("e4m3"))), there(w), torch.float32, None, None
+        )
+        got = cuda.prepared(
+            x.cuda(), there(w), torch.float32, None, None, (weight.cuda(), 1e-5) if normed else None,
+            None if scale is None else scale.cuda(), bool(power),
+        )  # fmt: skip
+        assert torch.equal(got.view(torch.int32), expected.view(torch.int32))

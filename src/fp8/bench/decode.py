@@ -5,7 +5,8 @@
 **Products.** Every matrix of a layer, and the head, for few rows: our kernels, cuBLASLt (`torch._scaled_mm`, scales a
 row) and BF16 (cuBLAS). A CUDA graph goes through copies of the weight that together exceed the L2 several times, so
 that each read comes from memory; the figure is the median share of a call. `early` is programmatic dependent launch:
-the next product fetches its first weights while this one ends.
+the next product fetches its first weights while this one ends. `norm` makes the norm and the codes of x in the product,
+where K is not too long for that.
 
 **Attention.** A decode step over a paged FP8 cache, 32 query heads, 8 key heads, a scale a token and head.
 
@@ -67,6 +68,15 @@ def products(rows: int, depth: int) -> Iterator[tuple[str, bool, Product]]:
     for early in (True, False):
         name = "cuda early" if early else "cuda"
         yield name, True, lambda w, early=early: cuda.skinny(codes, w, torch.bfloat16, None, None, early=early)
+    if rows <= cuda.MOST_PREPARED:
+        norm = torch.rand(depth, device="cuda").bfloat16(), 1e-5
+
+        def prepared(w: Quantized) -> Tensor:
+            if depth > cuda.LONGEST:
+                return cuda.skinny(codes, w, torch.bfloat16, None, None)
+            return cuda.prepared(x, w, torch.bfloat16, None, None, norm)
+
+        yield "cuda norm", True, prepared
     if find_spec(TRITON) is not None:
         run = function(TRITON, "skinny")
         yield "triton", True, lambda w: run(codes, w, torch.bfloat16, None, None)
