@@ -1,10 +1,13 @@
-"""Decode attention in CUDA: its plan on any machine, its resources where NVRTC is, its sums and bits on a GPU."""
+"""Decode attention in CUDA: its plan, its resources where NVRTC is, its sums on a GPU and, with g++, here."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import torch
 
+import cuda_on_cpu
 from fp8 import nvrtc
 from fp8.attention.paged import LayerPages, PagedCache, cuda, reference
 from fp8.serve.batch import Batch
@@ -52,20 +55,17 @@ def layer_of(kind: str, pages: int, page_size: int) -> LayerPages:
     return layer
 
 
-def there(record):
-    return type(record)(*(v.cuda() if isinstance(v, torch.Tensor) else v for v in vars(record).values()))
+def on(record, device: str):
+    return type(record)(*(v.to(device) if isinstance(v, torch.Tensor) else v for v in vars(record).values()))
 
 
-@gpu
-@pytest.mark.parametrize("kind", ["fp8", "e5m2", "static"])
-@pytest.mark.parametrize(("heads", "page_size"), [(8, 64), (2, 16), (16, 48)])
-def test_attention_is_within_its_bound(kind: str, heads: int, page_size: int) -> None:
+def within_its_bound(kind: str, heads: int, page_size: int, lengths: list[int], device: str) -> None:
     torch.manual_seed(0)
-    batch = batch_of([1, 17, 600, 0, 1300, 512], page_size)
+    batch, count = batch_of(lengths, page_size), len(lengths)
     layer = layer_of(kind, int(batch.pages.max()) + 1, page_size)
-    q = torch.randn(6, heads, 128).bfloat16()
-    y = cuda.attend(q.cuda(), there(layer), there(batch), 0.09).cpu().double().view(6, heads, 128)
-    for s, length in enumerate(batch.lengths.tolist()):
+    q = torch.randn(count, heads, 128).bfloat16()
+    y = cuda.attend(q.to(device), on(layer, device), on(batch, device), 0.09).cpu().double().view(count, heads, 128)
+    for s, length in enumerate(lengths):
         if length == 0:
             assert not y[s].any()
             continue
@@ -79,28 +79,51 @@ def test_attention_is_within_its_bound(kind: str, heads: int, page_size: int) ->
         assert ((y[s] - exact).abs() <= allowed).all(), (kind, s)
 
 
-@gpu
-def test_a_row_has_the_same_bits_alone_in_company_and_on_other_pages() -> None:
+def the_same_bits_in_company(lengths: list[int], device: str) -> None:
+    """And on other pages."""
     torch.manual_seed(1)
-    lengths = [700, 3, 2049, 512]
-    batch = batch_of(lengths, 64, shuffled=False)
-    layer = there(layer_of("fp8", int(batch.pages.max()) + 1, 64))
-    q = torch.randn(4, 8, 128, device="cuda").bfloat16()
-    whole = cuda.attend(q, layer, there(batch), 0.09)
-    order = torch.randperm(layer.key_codes.shape[0], device="cuda")
+    batch = on(batch_of(lengths, 64, shuffled=False), device)
+    layer = on(layer_of("fp8", int(batch.pages.max()) + 1, 64), device)
+    q = torch.randn(len(lengths), 8, 128).bfloat16().to(device)
+    whole = cuda.attend(q, layer, batch, 0.09)
+    order = torch.randperm(layer.key_codes.shape[0]).to(device)
     moved = LayerPages(
         *(t.view(torch.uint8)[order].view(t.dtype) for t in (layer.key_codes, layer.value_codes)),
         *(t[order] for t in (layer.key_scale, layer.value_scale) if t is not None), layer.saturated,
     )  # fmt: skip
     where = order.argsort().int()
     for s, length in enumerate(lengths):
-        alone = there(batch_of([length], 64))
-        for cache, pages in (
-            (layer, batch.pages[s : s + 1].cuda()),
-            (moved, where[batch.pages[s : s + 1].long().cuda()]),
-        ):
-            one = Batch(
-                alone.tokens, alone.positions, alone.slots, alone.starts, alone.lengths, pages, alone.wanted, True
-            )
+        alone = on(batch_of([length], 64), device)
+        pages = batch.pages[s : s + 1]
+        for cache, table in ((layer, pages), (moved, where[pages.long()])):
+            one = dataclasses.replace(alone, pages=table)
             for early in (True, False):
                 assert torch.equal(cuda.attend(q[s : s + 1], cache, one, 0.09, early=early), whole[s : s + 1])
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    if (reason := cuda_on_cpu.why_not()) is not None:
+        pytest.skip(reason)
+    cuda_on_cpu.on_cpu(monkeypatch)
+
+
+@pytest.mark.parametrize(("kind", "heads", "page_size"), [("fp8", 8, 64), ("e5m2", 2, 16), ("static", 6, 48)])
+def test_here_attention_is_within_its_bound(here, kind: str, heads: int, page_size: int) -> None:
+    within_its_bound(kind, heads, page_size, [1, 0, 17, 530], "cpu")
+
+
+def test_here_a_row_has_the_same_bits_alone_in_company_and_on_other_pages(here) -> None:
+    the_same_bits_in_company([3, 600], "cpu")
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["fp8", "e5m2", "static"])
+@pytest.mark.parametrize(("heads", "page_size"), [(8, 64), (2, 16), (16, 48)])
+def test_attention_is_within_its_bound(kind: str, heads: int, page_size: int) -> None:
+    within_its_bound(kind, heads, page_size, [1, 17, 600, 0, 1300, 512], "cuda")
+
+
+@gpu
+def test_a_row_has_the_same_bits_alone_in_company_and_on_other_pages() -> None:
+    the_same_bits_in_company([700, 3, 2049, 512], "cuda")

@@ -1,10 +1,11 @@
-"""Products of few rows in CUDA: the plan on any machine, the kernel's resources where NVRTC is, its sums on a GPU."""
+"""Products of few rows in CUDA: the plan, the kernel's resources where NVRTC is, its sums on a GPU and, with g++, here."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+import cuda_on_cpu
 from fp8 import nvrtc, quantize
 from fp8.formats import format_of
 from fp8.fused.norm.reference import rstd_of, values
@@ -48,32 +49,105 @@ def operands(rows: int, cols: int, depth: int, tiles: tuple[str, str]) -> tuple[
     return quantize(x, "e4m3", tiles[0]), quantize(w, "e4m3", tiles[1])
 
 
-def there(q: Quantized) -> Quantized:
-    return Quantized(q.codes.cuda(), q.scale.cuda(), q.tile, q.format)
+def there(q: Quantized, device: str = "cuda") -> Quantized:
+    return Quantized(q.codes.to(device), q.scale.to(device), q.tile, q.format)
+
+
+def within_its_budget(rows: int, cols: int, depth: int, tiles: tuple[str, str], device: str) -> None:
+    x, w = operands(rows, cols, depth, tiles)
+    bias = torch.randn(cols).bfloat16()
+    y = cuda.skinny(there(x, device), there(w, device), torch.float32, bias.to(device), None).cpu().double()
+    allowed = budget(x, w, torch.float32, "promoted", bias=bias)
+    assert ((y - exact_product(x, w, bias)).abs() <= allowed).all()
+
+
+def the_same_bits_in_company(tiles: tuple[str, str], device: str, most: int, cols: int, depth: int) -> None:
+    x, w = (there(q, device) for q in operands(most, cols, depth, tiles))
+    whole = cuda.skinny(x, w, torch.float32, None, None)
+    for rows in (n for n in (1, 2, 7, 8, 9, 16, 33) if n < most):
+        scale = x.scale if str(x.tile) == "tensor" else x.scale[:rows].contiguous()
+        some = Quantized(x.codes[:rows].contiguous(), scale, x.tile, x.format)
+        for early in (True, False):
+            assert torch.equal(cuda.skinny(some, w, torch.float32, None, None, early=early), whole[:rows])
+
+
+def the_bits_of_given_codes(rows: int, depth: int, normed: int, given: int, power: int, device: str, cols: int) -> None:
+    torch.manual_seed(depth)
+    x = (torch.randn(rows, depth) * torch.randn(rows, 1).exp()).bfloat16()
+    if depth == 1040:
+        x[0, 5], x[rows - 1, 7] = float("nan"), float("inf")
+    weight = torch.rand(depth).bfloat16() + 0.5
+    y = values(x, rstd_of(x, 1e-5), weight, torch.bfloat16) if normed else x
+    scale = torch.full((1, 1), 0.0123) if given else None
+    every = None if scale is None else scale.expand(rows, 1).contiguous()
+    codes, scales, _ = run_quantize(y, every, format_of("e4m3"), Tile.of("row"), bool(power))
+    made = Quantized(codes, scales, Tile.of("row"), format_of("e4m3"))
+    w = there(operands(1, cols, depth, ("row", "row"))[1], device)
+    expected = cuda.skinny(there(made, device), w, torch.float32, None, None)
+    norm = (weight.to(device), 1e-5) if normed else None
+    scale = None if scale is None else scale.to(device)
+    got = cuda.prepared(x.to(device), w, torch.float32, None, None, norm, scale, bool(power))
+    assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
+
+
+PREPARATIONS = [(1, 0, 1), (1, 0, 0), (0, 0, 1), (1, 1, 0)]  # norm, given scale, powers of two
+
+
+# ------------------------------------------------------------------------------- on a CPU
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    if (reason := cuda_on_cpu.why_not()) is not None:
+        pytest.skip(reason)
+    cuda_on_cpu.on_cpu(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "depth", "tiles"),
+    [(5, 100, 1040, TILES[0]), (9, 33, 528, TILES[1]), (3, 140, 272, TILES[3])],
+)
+def test_here_the_product_is_within_its_budget(here, rows, cols, depth, tiles) -> None:
+    within_its_budget(rows, cols, depth, tiles, "cpu")
+
+
+def test_here_a_row_has_the_same_bits_alone_and_in_company(here) -> None:
+    the_same_bits_in_company(TILES[0], "cpu", 16, 20, 528)
+
+
+def test_here_the_residual_is_added_to_the_rounded_product(here) -> None:
+    x, w = operands(6, 20, 512, ("row", "tensor"))
+    residual = torch.randn(6, 20).bfloat16()
+    y = cuda.skinny(x, w, torch.bfloat16, None, None)
+    assert torch.equal(cuda.skinny(x, w, torch.bfloat16, None, residual), residual + y)
+
+
+def test_here_bf16_sums_in_fp32(here) -> None:
+    x, w = torch.randn(3, 520).bfloat16(), torch.randn(20, 520).bfloat16()
+    exact = x.double() @ w.double().t()
+    error = (cuda.skinny(x, w, torch.float32, None, None).double() - exact).abs()
+    assert (error <= 2.0**-20 * (x.double().abs() @ w.double().abs().t())).all()
+
+
+@pytest.mark.parametrize(("rows", "preparation"), [(3, PREPARATIONS[1]), (1, PREPARATIONS[0]), (4, PREPARATIONS[3])])
+def test_here_a_product_that_makes_its_codes_has_the_bits_of_one_that_is_given_them(here, rows, preparation) -> None:
+    the_bits_of_given_codes(rows, 1040, *preparation, "cpu", 20)
+
+
+# ------------------------------------------------------------------------------- on a GPU
 
 
 @gpu
 @pytest.mark.parametrize("tiles", TILES, ids="*".join)
 @pytest.mark.parametrize(("rows", "cols", "depth"), [(1, 256, 4096), (5, 200, 1040), (16, 96, 14336), (64, 33, 512)])
 def test_the_product_is_within_its_budget(rows: int, cols: int, depth: int, tiles: tuple[str, str]) -> None:
-    x, w = operands(rows, cols, depth, tiles)
-    bias = torch.randn(cols).bfloat16()
-    y = cuda.skinny(there(x), there(w), torch.float32, bias.cuda(), None).cpu().double()
-    allowed = budget(x, w, torch.float32, "promoted", bias=bias)
-    allowed = allowed if isinstance(allowed, torch.Tensor) else allowed.likely
-    assert ((y - exact_product(x, w, bias)).abs() <= allowed).all()
+    within_its_budget(rows, cols, depth, tiles, "cuda")
 
 
 @gpu
 @pytest.mark.parametrize("tiles", TILES, ids="*".join)
 def test_a_row_has_the_same_bits_alone_and_in_company(tiles: tuple[str, str]) -> None:
-    x, w = (there(q) for q in operands(64, 320, 2048, tiles))
-    whole = cuda.skinny(x, w, torch.float32, None, None)
-    for rows in (1, 2, 7, 8, 9, 16, 33):
-        scale = x.scale if str(x.tile) == "tensor" else x.scale[:rows].contiguous()
-        some = Quantized(x.codes[:rows].contiguous(), scale, x.tile, x.format)
-        for early in (True, False):
-            assert torch.equal(cuda.skinny(some, w, torch.float32, None, None, early=early), whole[:rows])
+    the_same_bits_in_company(tiles, "cuda", 64, 320, 2048)
 
 
 @gpu
@@ -119,24 +193,7 @@ def test_a_chain_that_starts_early_reads_what_was_written() -> None:
 
 @gpu
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
-@pytest.mark.parametrize(("normed", "given", "power"), [(1, 0, 1), (1, 0, 0), (0, 0, 1), (1, 1, 0)])
-def test_a_product_that_makes_its_codes_has_the_bits_of_one_that_is_given_them(rows, normed, given, power) -> None:
+@pytest.mark.parametrize("preparation", PREPARATIONS)
+def test_a_product_that_makes_its_codes_has_the_bits_of_one_that_is_given_them(rows, preparation) -> None:
     for depth in (4096, 8192, 1040):
-        torch.manual_seed(depth)
-        x = (torch.randn(rows, depth) * torch.randn(rows, 1).exp()).bfloat16()
-        if depth == 1040:
-            x[0, 5], x[rows - 1, 7] = float("nan"), float("inf")
-        weight = torch.rand(depth).bfloat16() + 0.5
-        y = values(x, rstd_of(x, 1e-5), weight, torch.bfloat16) if normed else x
-        scale = torch.full((1, 1), 0.0123) if given else None
-        every = None if scale is None else scale.expand(rows, 1).contiguous()
-        codes, scales, _ = run_quantize(y, every, format_of("e4m3"), Tile.of("row"), bool(power))
-        _, w = operands(1, 320, depth, ("row", "row"))
-        expected = cuda.skinny(
-            there(Quantized(codes, scales, Tile.of("row"), format_of("e4m3"))), there(w), torch.float32, None, None
-        )
-        got = cuda.prepared(
-            x.cuda(), there(w), torch.float32, None, None, (weight.cuda(), 1e-5) if normed else None,
-            None if scale is None else scale.cuda(), bool(power),
-        )  # fmt: skip
-        assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
+        the_bits_of_given_codes(rows, depth, *preparation, "cuda", 320)

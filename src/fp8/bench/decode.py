@@ -46,6 +46,7 @@ ROWS = (1, 4, 16, 32, 64)
 APART = 400e6  # bytes of copies that are gone through
 Product = Callable[[Any], Tensor]
 CACHES = ((16, 1024), (64, 1024), (16, 16384), (64, 8192))  # sequences, keys
+E4M3 = torch.float8_e4m3fn
 HEADS, KV, WIDTH, PAGE = 32, 8, 128, 64
 TRITON, PAGED_TRITON = "fp8.matmul.skinny.triton", "fp8.attention.paged.triton"
 
@@ -141,11 +142,13 @@ def cache_of(sequences: int, length: int) -> tuple[list[LayerPages], Batch, Tens
     layer = 2 * pages * PAGE * KV * WIDTH
     layers = []
     for _ in range(max(2, min(16, round(APART / layer)))):
-        codes = [torch.randint(0, 256, (pages, KV, PAGE, WIDTH), dtype=torch.uint8, device="cuda") & 0xFE
-                 for _ in range(2)]  # fmt: skip
+        keys, values = (
+            (torch.randint(0, 256, (pages, KV, PAGE, WIDTH), dtype=torch.uint8, device="cuda") & 0xFE).view(E4M3)
+            for _ in range(2)
+        )
         scales = [torch.full((pages, KV, PAGE), 2.0**-9, device="cuda") for _ in range(2)]
         saturated = torch.zeros(1, dtype=torch.int64, device="cuda")
-        layers.append(LayerPages(*(c.view(torch.float8_e4m3fn) for c in codes), *scales, saturated))
+        layers.append(LayerPages(keys, values, scales[0], scales[1], saturated))
     table = torch.randperm(pages, device="cuda").view(sequences, -1).int()
     every = torch.arange(sequences + 1, device="cuda")
     lengths = torch.full((sequences,), length, dtype=torch.int32, device="cuda")
