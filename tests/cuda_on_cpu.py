@@ -135,8 +135,8 @@ float half_of(bits32 pair, int i) {
 #endif
 }
 
-// mma.m16n8k16: lane (g, q) has of a the rows g and g + 8, columns 2q, 2q + 1 and those + 8; of b the column g, these as
-// rows; of d the rows g and g + 8, columns 2q, 2q + 1.
+// mma.m16n8k16: lane (g, q) has of a the rows g and g + 8, columns 2q, 2q + 1 and those + 8; of b the column g, these
+// as rows; of d the rows g and g + 8, columns 2q, 2q + 1.
 void tensor_core(float (&d)[4], bits32 a0, bits32 a1, bits32 a2, bits32 a3, bits32 b0, bits32 b1) {
   Warp& w = warps[threadIdx.x / 32];
   int lane = threadIdx.x % 32;

@@ -1,4 +1,4 @@
-"""Products of few rows in CUDA: the plan, the kernel's resources where NVRTC is, its sums on a GPU and, with g++, here."""
+"""Products of few rows in CUDA: plan, resources where NVRTC is, sums on a GPU and, with g++, here."""
 
 from __future__ import annotations
 
