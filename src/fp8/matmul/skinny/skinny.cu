@@ -341,7 +341,7 @@ __device__ __forceinline__ void finish(const Operands& o, int unit, const float*
 #pragma unroll
     for (int v = 1; v < WARPS; v++) y += sums[(v * TOKENS + token) * PITCH + within];
 #if !BF16 && !ALONG
-    if (ROW_X || ROW_W)
+    if (ROW_X || ROW_W || PREPARED)  // a given scale stands for one a row
       y = y * o.scale_w[ROW_W ? row : 0] * scale_x[ROW_X ? token : 0];
     else
       y = y * (scale_x[0] * o.scale_w[0]);
