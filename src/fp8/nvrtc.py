@@ -24,6 +24,7 @@ from .errors import BackendError
 
 Constants = tuple[tuple[str, int], ...]
 MOST_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 PACKAGE = Path(__file__).parent
 
 
@@ -167,17 +168,44 @@ def _loaded(source: str, name: str, constants: Constants, device: int, shared: i
     return function
 
 
+class Attribute(ctypes.Structure):
+    """`CUlaunchAttribute`: its name, and at an offset of 8 a union of 64 bytes, of which `allowed` is the one used."""
+
+    _fields_ = (
+        ("name", ctypes.c_int), ("gap", ctypes.c_int), ("allowed", ctypes.c_int), ("rest", ctypes.c_int * 15),
+    )  # fmt: skip
+
+
+class Config(ctypes.Structure):
+    """`CUlaunchConfig`."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
 def launch(
     source: str, name: str, constants: Constants, device: torch.device, blocks: int, threads: int, *arguments: object,
-    shared: int = 0,
+    shared: int = 0, early: bool = False,
 ) -> None:  # fmt: skip
     """Start a kernel on the current stream. Arguments are ctypes values or structures, in the kernel's order; `shared`
-    bytes of shared memory are its own to divide."""
+    bytes of shared memory are its own to divide.
+
+    early    programmatic dependent launch: it may start while the kernel before it still runs, and must itself execute
+             `griddepcontrol.wait` before it reads what that one writes or writes what that one reads. When that is
+             allowed, the kernel before says by `griddepcontrol.launch_dependents`, or by ending. Holds in CUDA graphs.
+    """
     index = torch.cuda.current_device() if device.index is None else device.index
     function = _loaded(source, name, constants, index, shared)
     pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))  # type: ignore[arg-type]
     stream = ctypes.c_void_p(torch.cuda.current_stream(index).cuda_stream)
     with torch.cuda.device(index):
         _enter_context(index)
-        status = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, pointers, None)
+        if early:
+            attribute = Attribute(name=EARLY, allowed=1)
+            config = Config((blocks, 1, 1), (threads, 1, 1), shared, stream.value, ctypes.addressof(attribute), 1)
+            status = _driver().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None)
+        else:
+            status = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, pointers, None)
     _done(status, f"starting {name}")

@@ -15,6 +15,7 @@ from ..errors import BackendError, ConfigError, suggest
 MEASUREMENTS = {
     "quantize": "bytes against the reference, and bandwidth",
     "gemm": "FP8 products beside BF16",
+    "decode": "the products of a decode step, against the bytes of their weights",
     "optimizer": "AdamW and the weights' codes, beside torch's fused AdamW",
     "train": "training steps beside BF16, torchao and TransformerEngine",
     "conv": "FP8 convolutions, forward and backward, beside cuDNN's BF16",
