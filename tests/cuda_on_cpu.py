@@ -3,8 +3,8 @@
 Which address a lane reads, which of its registers meets which of another lane's in the tensor core, who writes when:
 that is most of what can be wrong in a kernel, and none of it needs a GPU. Replaced are the intrinsics and, by name, the
 small functions around inline assembly; what they do is written down here from the PTX manual. What this cannot see:
-races between blocks (they run one after the other), asynchronous copies that are read too early (here they are done at
-once), and the last bits of sums and exponentials.
+races between blocks (they run one after the other), and the last bits of sums and exponentials. Asynchronous copies
+arrive as late as the kernel allows: when their group is waited for.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ import torch
 
 from fp8 import nvrtc
 
-COPY = "if (there) memcpy(memory + to, from, 16); else memset(memory + to, 0, 16);"
+COPY = "copy_later(to, from, 16, there);"
 READ = "Fragment f; memcpy(f.word, memory + from, 16); return f;"
 BODIES = {
     "shared_address": "return (u32)((u8*)p - memory);",
-    "copy_once": COPY, "copy": COPY, "copy16": COPY, "copy8": "memcpy(memory + to, from, 8);", "commit": "",
+    "copy_once": COPY, "copy": COPY, "copy16": COPY, "copy8": "copy_later(to, from, 8, true);",
+    "commit": "committed++;",
     "read": READ, "read16": READ, "read8": "memcpy(&a, memory + from, 4); memcpy(&b, memory + from + 4, 4);",
     "widen": "return widened(pair & 255) | widened(pair >> 8 & 255) << 16;",
     "to_f16s": "return f16(low) | f16(high) << 16;",
@@ -82,6 +83,20 @@ float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 template <class T> T __ldcg(const T* p) { return *p; }
 template <class T> void __stcg(T* p, T x) { *p = x; }
 int atomicAdd(int* p, int x) { return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST); }
+
+struct Copy { int group; bits32 to; const void* from; int size; bool there; };
+thread_local std::vector<Copy> pending;
+thread_local int committed = 0;
+void copy_later(bits32 to, const void* from, int size, bool there) {
+  pending.push_back({committed, to, from, size, there});
+}
+void wait_for(int last) {  // all groups but so many
+  std::erase_if(pending, [=](const Copy& c) {
+    if (c.group >= committed - last) return false;
+    if (c.there) memcpy(memory + c.to, c.from, c.size); else memset(memory + c.to, 0, c.size);
+    return true;
+  });
+}
 
 struct Warp { double value[32]; bits32 a[32][4], b[32][2]; } warps[32];
 template <class T> T from_lane(T x, int lane) {
@@ -182,7 +197,9 @@ def translated(source: str, kernel: str) -> str:
     for name, body in {**BODIES, "multiply": MULTIPLY[source]}.items():
         head = re.compile(r"(__device__ __forceinline__ [\w ]*\b" + name + r"\([^{]*\{).*?\n?\}\n", re.S)
         text = head.sub(lambda m, body=body: f"{m[1]} {body} }}\n", text, count=1)
+    text = re.sub(r'asm volatile\("cp.async.wait_group %0;" ::"n"\((.*?)\) : "memory"\);', r"wait_for(\1);", text)
     text = re.sub(r"asm volatile\(.*?\);\n", ";\n", text, flags=re.S)
+    assert "wait_for" in text
     text = text.replace("u64 policy;", "u64 policy = 0;").replace("extern __shared__ __align__(16) u8 memory[];", "")
     assert "asm" not in re.sub(r"//.*", "", text)
     return PRELUDE + text + MAIN.replace("KERNEL", kernel)

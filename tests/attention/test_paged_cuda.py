@@ -97,7 +97,7 @@ def the_same_bits_in_company(lengths: list[int], device: str) -> None:
         pages = batch.pages[s : s + 1]
         for cache, table in ((layer, pages), (moved, where[pages.long()])):
             one = dataclasses.replace(alone, pages=table)
-            for early in (True, False):
+            for early in (True, False) if device == "cuda" else (True,):
                 assert torch.equal(cuda.attend(q[s : s + 1], cache, one, 0.09, early=early), whole[s : s + 1])
 
 

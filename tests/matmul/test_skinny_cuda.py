@@ -64,10 +64,10 @@ def within_its_budget(rows: int, cols: int, depth: int, tiles: tuple[str, str], 
 def the_same_bits_in_company(tiles: tuple[str, str], device: str, most: int, cols: int, depth: int) -> None:
     x, w = (there(q, device) for q in operands(most, cols, depth, tiles))
     whole = cuda.skinny(x, w, torch.float32, None, None)
-    for rows in (n for n in (1, 2, 7, 8, 9, 16, 33) if n < most):
+    for rows in (1, 2, 7, 8, 9, 16, 33) if device == "cuda" else (1, 9):
         scale = x.scale if str(x.tile) == "tensor" else x.scale[:rows].contiguous()
         some = Quantized(x.codes[:rows].contiguous(), scale, x.tile, x.format)
-        for early in (True, False):
+        for early in (True, False) if device == "cuda" else (True,):
             assert torch.equal(cuda.skinny(some, w, torch.float32, None, None, early=early), whole[:rows])
 
 
