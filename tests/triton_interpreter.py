@@ -14,8 +14,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 
@@ -39,6 +43,33 @@ def install() -> str | None:
 
     interpreter._patch_lang_tensor = patched
     return None
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = [{tests!r}, {folder!r}]
+import triton_interpreter
+if reason := triton_interpreter.install():
+    print("skip:", reason)
+    sys.exit()
+import torch
+import {module}
+{statements}
+print("done")
+"""
+
+
+def run_interpreted(test_file: str, statements: str) -> None:
+    """Run statements with the interpreter, in a process of their own, where the test file is imported under its name;
+    skips where it cannot be installed."""
+    file = Path(test_file)
+    script = SCRIPT.format(
+        tests=str(Path(__file__).parent), folder=str(file.parent), module=file.stem, statements=statements
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300)
+    if done.stdout.startswith("skip"):
+        pytest.skip(done.stdout)
+    assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
 def _fma(self, x, y, z):  # type: ignore[no-untyped-def]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from fp8.attention.paged import PagedCache, attend, reference, rope_write
 from fp8.fused.rope.reference import tables
 from paged_batches import Sequence, batch_of, bits, on
+from triton_interpreter import run_interpreted
 
 triton = pytest.importorskip("fp8.attention.paged.triton")
 GPU = torch.device("cuda")
@@ -152,26 +149,6 @@ def test_the_gpu_takes_the_kernels():
     assert attend(q, cache.layers[0], batch, 0.1).isfinite().all()
 
 
-INTERPRETED = """
-import sys
-sys.path[:0] = [{tests!r}, {here!r}]
-import triton_interpreter
-reason = triton_interpreter.install()
-if reason:
-    print("skip:", reason)
-    sys.exit()
-import torch
-import test_paged_triton
-test_paged_triton.all_of_it(torch.device("cpu"))
-print("done")
-"""
-
-
 def test_codes_and_attention_in_the_interpreter():
     """The kernels' indices, masks, scales and roundings; a tensor core's sums are FP32 sums there."""
-    here = Path(__file__).parent
-    script = INTERPRETED.format(tests=str(here.parent), here=str(here))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300)
-    if done.stdout.startswith("skip"):
-        pytest.skip(done.stdout)
-    assert done.stdout.strip() == "done", done.stderr[-3000:]
+    run_interpreted(__file__, 'test_paged_triton.all_of_it(torch.device("cpu"))')

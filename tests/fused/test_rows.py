@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from fp8.formats import format_of
 from fp8.fused.rows import Into, reference
 from fp8.tile import Tile
+from triton_interpreter import run_interpreted
 
 triton = pytest.importorskip("fp8.fused.rows.triton")
 GPU = torch.device("cuda")
@@ -59,26 +56,9 @@ def test_codes_on_the_gpu(rows, cols):
     codes_are_those_of_the_definition(rows, cols, GPU)
 
 
-INTERPRETED = """
-import sys
-sys.path[:0] = [{tests!r}, {here!r}]
-import triton_interpreter
-reason = triton_interpreter.install()
-if reason:
-    print("skip:", reason)
-    sys.exit()
-import torch
-import test_rows
-for rows, cols in ((2, 336), (5, 128)):
-    test_rows.codes_are_those_of_the_definition(rows, cols, torch.device("cpu"))
-print("done")
-"""
-
-
 def test_codes_in_the_interpreter():
-    here = Path(__file__).parent
-    script = INTERPRETED.format(tests=str(here.parent), here=str(here))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300)
-    if done.stdout.startswith("skip"):
-        pytest.skip(done.stdout)
-    assert done.stdout.strip() == "done", done.stderr[-3000:]
+    run_interpreted(
+        __file__,
+        """for rows, cols in ((2, 336), (5, 128)):
+    test_rows.codes_are_those_of_the_definition(rows, cols, torch.device("cpu"))""",
+    )

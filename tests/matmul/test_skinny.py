@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from fp8 import quantize
 from fp8.matmul.budget import budget, exact_product
 from fp8.matmul.skinny import reference, skinny
+from triton_interpreter import run_interpreted
 
 triton = pytest.importorskip("fp8.matmul.skinny.triton")
 GPU = torch.device("cuda")
@@ -78,26 +75,6 @@ def test_a_row_has_the_same_bits_in_any_batch_up_to_64():
         assert torch.equal(skinny(part, b), whole[:rows])
 
 
-INTERPRETED = """
-import sys
-sys.path[:0] = [{tests!r}, {here!r}]
-import triton_interpreter
-reason = triton_interpreter.install()
-if reason:
-    print("skip:", reason)
-    sys.exit()
-import torch
-import test_skinny
-test_skinny.all_of_it(torch.device("cpu"), "fp32")
-print("done")
-"""
-
-
 def test_products_in_the_interpreter():
     """Pieces, splits, tickets, scales, bias and residual; a tensor core's sums are FP32 sums there."""
-    here = Path(__file__).parent
-    script = INTERPRETED.format(tests=str(here.parent), here=str(here))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300)
-    if done.stdout.startswith("skip"):
-        pytest.skip(done.stdout)
-    assert done.stdout.strip() == "done", done.stderr[-3000:]
+    run_interpreted(__file__, 'test_skinny.all_of_it(torch.device("cpu"), "fp32")')
