@@ -120,3 +120,22 @@ def test_products_are_counted_and_codes_saved() -> None:
     assert products.counts == {("", product): 1 for product in ("forward", "grad_x", "grad_w")}
     assert {t.dtype for t in saved} == {torch.float8_e4m3fn, torch.float32}
     assert all(t.numel() == 1 for t in saved if t.dtype == torch.float32)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_pixels_that_lie_as_rows_are_multiplied_as_they_lie(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 1 x 1 kernel: the same bits for either memory format, forward and backward; channels last copies nothing."""
+    torch.manual_seed(0)
+    layer = fp8.Conv2d(32, 48, 1, bias=bias, recipe="tensorwise")
+    x = torch.randn(2, 32, 8, 8)
+    found = []
+    for form in (torch.contiguous_format, torch.channels_last):
+        if form is torch.channels_last:
+            monkeypatch.setattr(torch.nn.functional, "unfold", None)  # calling it fails
+        given = x.clone(memory_format=form).requires_grad_()
+        y = layer(given)
+        y.square().sum().backward()
+        found.append((y.detach(), given.grad, layer.weight.grad))
+        layer.weight.grad = None
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -25,7 +25,6 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from fp8.models.llama import Decoder, DecoderConfig
 from fp8.recipe import Recipe
 
 from .machine import save
+from .train import step_milliseconds
 
 DEVICE = "cuda"
 WARM, TIMED, LIMIT = 4, 9, 0.10
@@ -155,14 +155,7 @@ def timed(run: Run) -> dict[str, float]:
         run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    ends = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED + 1)]
-    run()  # as in training the host is ahead of the GPU, if it can be
-    for end in ends[:-1]:
-        end.record()
-        run()
-    ends[-1].record()
-    torch.cuda.synchronize()
-    times = [start.elapsed_time(stop) * 1e-3 for start, stop in pairwise(ends)]
+    times = [ms * 1e-3 for ms in step_milliseconds(run, TIMED)]
     peak = torch.cuda.max_memory_allocated() / 2**30
     return {"seconds": statistics.median(times), "spread": max(times) - min(times), "peak_gib": peak}
 

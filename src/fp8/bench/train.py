@@ -33,14 +33,7 @@ def time_step(step: Any, tokens: int, flops: float) -> dict[str, float]:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = joules()
-    ends = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED + 1)]
-    step()  # the host gets ahead of the GPU, and stays there if it can
-    for end in ends[:-1]:
-        end.record()
-        step()
-    ends[-1].record()
-    torch.cuda.synchronize()
-    times = [start.elapsed_time(stop) for start, stop in pairwise(ends)]
+    times = step_milliseconds(step, TIMED)
     ms = statistics.median(times)
     found = {
         "ms": ms, "spread_ms": max(times) - min(times), "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
@@ -50,6 +43,19 @@ def time_step(step: Any, tokens: int, flops: float) -> dict[str, float]:
     if before is not None and after is not None:
         found["joules_per_token"] = (after - before) / (TIMED + 1) / tokens
     return found
+
+
+def step_milliseconds(step: Any, timed: int) -> list[float]:
+    """Milliseconds of `timed` steps one after the other, behind one more in which the host gets ahead of the GPU, as in
+    training; it stays there if it can."""
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(timed + 1)]
+    step()
+    for end in ends[:-1]:
+        end.record()
+        step()
+    ends[-1].record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(stop) for start, stop in pairwise(ends)]
 
 
 def joules() -> float | None:

@@ -7,7 +7,7 @@ stands alone, so nothing is fused, and without `fp8.attach` every forward quanti
 Convolutions are asked apart. Ours multiplies im2col rows: with a kernel of 3 x 3 that writes, casts and reads each
 input nine times, and cuDNN's BF16 kernel reads it once. No shape has been measured where that pays, so they stay; a
 1 x 1 kernel is a product like any other, but for two transposing copies (r2 w2 of input and output, and of both
-gradients).
+gradients). A channels-last input needs none; a layer does not know what it will be given, so they are counted.
 """
 
 from __future__ import annotations

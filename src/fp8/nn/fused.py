@@ -9,9 +9,9 @@ before and after it. Both also hand on the residual stream, so that its gradient
 to it.
 
 **What lives from forward to backward**: the residual stream, 1 / RMS, and gate and up; the weights' transposed codes,
-unless `refresh` holds them. The inputs of the products are not kept: the norm's
-backward makes the first pair of them again as transposed codes, the activation's backward the last one, from tensors
-that must live anyway; an `up` weight with one scale is read a second time.
+unless `refresh` holds them, but for an `up` weight with one scale, which is read a second time. The inputs of the
+products are not kept: the norm's backward makes the first pair of them again as transposed codes, the activation's
+backward the last one, from tensors that must live anyway.
 
 `why_not` says when a block takes this path; otherwise it runs module by module, to the same codes.
 """
