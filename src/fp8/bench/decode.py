@@ -53,7 +53,7 @@ MATRICES = {"qkv": (6144, 4096), "out": (4096, 4096), "gate, up": (28672, 4096),
 HEAD = {"head": (128256, 4096)}
 ROWS = (1, 4, 16, 32, 64)
 APART = 400e6  # bytes of copies that are gone through
-Product = Callable[[Any], Tensor]
+Product = Callable[..., Tensor]
 CACHES = ((16, 1024), (64, 1024), (16, 16384), (64, 8192))  # sequences, keys
 E4M3 = torch.float8_e4m3fn
 HEADS, KV, WIDTH, PAGE = 32, 8, 128, 64
@@ -271,7 +271,8 @@ def plans(name: str, shape: tuple[int, int], rows: int, fp8: bool = True) -> lis
     uses: list[Any] = [cuda.Plan(r, 16, s, k) for r in (2, 3) for s in (2, 3, 4) for k in (False, True)]
     if not few:
         uses = [wgmma.Plan(c, g, s) for c in (4, 8) for g in (2, 3, 4) for s in (3, 4, 5, 8)]
-    run, best = (cuda.skinny if few else wgmma.skinny), (cuda if few else wgmma).plan(shape[0], depth, tokens)
+    run: Product = cuda.skinny if few else wgmma.skinny
+    best = (cuda if few else wgmma).plan(shape[0], depth, tokens)
     for use in uses:
         if use.shared(tokens, depth) > cuda.SHARED:
             continue
