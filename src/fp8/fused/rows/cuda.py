@@ -59,6 +59,12 @@ def row_codes(x: Tensor, into: Into) -> Quantized:
     return _codes("plain", x, x.shape[1], into)
 
 
+def norm_values(h: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = torch.empty_like(h, memory_format=torch.contiguous_format)
+    _launch("norm", "values", h, h.shape[1], True, readable(weight), codes=y.data_ptr(), eps=eps)
+    return y
+
+
 def gated_values(gate_up: Tensor) -> Tensor:
     cols = gate_up.shape[1] // 2
     y = torch.empty(len(gate_up), cols, dtype=torch.bfloat16, device=gate_up.device)
