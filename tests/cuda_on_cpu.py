@@ -75,13 +75,13 @@ thread_local Index threadIdx, blockIdx;
 Index gridDim;
 alignas(16) unsigned char memories[CLUSTER][1 << 18];
 thread_local unsigned char* memory;
-struct Meeting { std::unique_ptr<std::barrier<>> whole, of_warp[32], of_group[8]; } meetings[CLUSTER];
-thread_local Meeting* meeting;
+struct Barriers { std::unique_ptr<std::barrier<>> whole, of_warp[32], of_group[8]; } all_barriers[CLUSTER];
+thread_local Barriers* barriers;
 std::unique_ptr<std::barrier<>> cluster;
 thread_local std::optional<std::barrier<>::arrival_token> arrived;
-void __syncthreads() { meeting->whole->arrive_and_wait(); }
-void meet_warp() { meeting->of_warp[threadIdx.x / 32]->arrive_and_wait(); }
-void meet_group() { meeting->of_group[threadIdx.x / 128]->arrive_and_wait(); }
+void __syncthreads() { barriers->whole->arrive_and_wait(); }
+void meet_warp() { barriers->of_warp[threadIdx.x / 32]->arrive_and_wait(); }
+void meet_group() { barriers->of_group[threadIdx.x / 128]->arrive_and_wait(); }
 void __threadfence() {}
 template <class To, class From> To as(From x) { To y; memcpy(&y, &x, sizeof y); return y; }
 bits32 bits_of(float x) { return as<bits32>(x); }
@@ -218,7 +218,7 @@ extern "C" void run(const Operands* o, int blocks, int threads) {
     cluster = std::make_unique<std::barrier<>>(threads * CLUSTER);
     std::vector<std::thread> all;
     for (int b = 0; b < CLUSTER; b++) {
-      Meeting& m = meetings[b];
+      Barriers& m = all_barriers[b];
       m.whole = std::make_unique<std::barrier<>>(threads);
       for (int v = 0; v < threads / 32; v++) m.of_warp[v] = std::make_unique<std::barrier<>>(32);
       for (int v = 0; v < threads / 128; v++) m.of_group[v] = std::make_unique<std::barrier<>>(128);
@@ -226,7 +226,7 @@ extern "C" void run(const Operands* o, int blocks, int threads) {
     for (int b = 0; b < CLUSTER; b++)
       for (int i = 0; i < threads; i++)
         all.emplace_back([=] {
-          threadIdx.x = i, blockIdx.x = first + b, memory = memories[b], meeting = &meetings[b];
+          threadIdx.x = i, blockIdx.x = first + b, memory = memories[b], barriers = &all_barriers[b];
           KERNEL(*o);
         });
     for (auto& one : all) one.join();
