@@ -26,20 +26,23 @@ COPY = "copy_later(to, from, 16, there);"
 READ = "Fragment f; memcpy(f.word, memory + from, 16); return f;"
 BODIES = {
     "shared_address": "return (u32)((u8*)p - memory);",
-    "copy_once": COPY, "copy": COPY, "copy16": COPY, "copy8": "copy_later(to, from, 8, true);",
+    "copy_once": COPY, "copy": COPY, "copy16": COPY, "copy4": "copy_later(to, from, 4, true);",
     "commit": "committed++;",
-    "read": READ, "read16": READ, "read8": "memcpy(&a, memory + from, 4); memcpy(&b, memory + from + 4, 4);",
+    "read": READ, "read16": READ, "read4": "float x; memcpy(&x, memory + from, 4); return x;",
     "widen": "return widened(pair & 255) | widened(pair >> 8 & 255) << 16;",
     "to_f16s": "return f16(low) | f16(high) << 16;",
     "to_bf16": "u32 b = bits_of(x); return x != x ? 0x7FFF : (u16)((b + 0x7FFF + (b >> 16 & 1)) >> 16);",
     "to_codes": "return encoded(first) | encoded(second) << 8;",
     "power": "return exp2f(x);",
+    "transposed": "int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4; u32 y[8];"
+    " for (int i = 0; i < 8; i++) y[i] = from_lane(x, 4 * i + g / 2);"
+    " return (y[2 * q] >> 16 * (g % 2) & 0xFFFF) | y[2 * q + 1] >> 16 * (g % 2) << 16;",
     "bytes_of": "u8 s[8]; memcpy(s, &a, 4); memcpy(s + 4, &b, 4); u32 y = 0;"
     " for (int i = 0; i < 4; i++) y |= (u32)s[which >> 4 * i & 7] << 8 * i; return y;",
 }  # fmt: skip
 MULTIPLY = {
     "matmul/skinny/skinny.cu": "tensor_core(d, a[0], a[1], a[2], a[3], b[0], b[1]);",
-    "attention/paged/decode.cu": "tensor_core(d, a0, 0, a2, 0, b0, b1);",
+    "attention/paged/decode.cu": "tensor_core(d, a0, a1, a2, a3, b0, b1);",
 }
 PRELUDE = r"""
 #include <algorithm>
@@ -66,7 +69,7 @@ alignas(16) unsigned char memory[1 << 18];
 std::unique_ptr<std::barrier<>> whole, of_warp[32];
 void __syncthreads() { whole->arrive_and_wait(); }
 void meet_warp() { of_warp[threadIdx.x / 32]->arrive_and_wait(); }
-void __threadfence() {}
+void __syncwarp() { meet_warp(); }
 template <class To, class From> To as(From x) { To y; memcpy(&y, &x, sizeof y); return y; }
 bits32 bits_of(float x) { return as<bits32>(x); }
 float __uint_as_float(bits32 x) { return as<float>(x); }

@@ -6,20 +6,39 @@ writes the same bytes and reads within a stated bound.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ...backends import Backend, choose, why_not_triton
+from ...backends import Backend, choose, function, why_not_cuda, why_not_triton
 from ...errors import ShapeError, TensorError
 from .pages import PAGED_DTYPES, LayerPages, PagedCache
 from .rows import Rows
 
 __all__ = ["BACKENDS", "PAGED_DTYPES", "LayerPages", "PagedCache", "Rows", "attend", "rope_write"]
 
+
+@dataclass(frozen=True)
+class Request:
+    """What a backend of `attend` is asked."""
+
+    device: torch.device
+    q: Tensor
+    layer: LayerPages
+    batch: Rows
+
+
+def _cuda(request: Request) -> str | None:
+    reason = why_not_cuda(request.device)
+    return reason or function("fp8.attention.paged.cuda", "why_not")(request.q, request.layer, request.batch)
+
+
 BACKENDS = (
     Backend("triton", "a Hopper GPU and Triton", lambda x: why_not_triton(x.device), "fp8.attention.paged.triton"),
     Backend("reference", "nothing", lambda x: None, "fp8.attention.paged.reference"),
 )
+READERS = (Backend("cuda", "a Hopper GPU and NVRTC; decode", _cuda, "fp8.attention.paged.cuda"), *BACKENDS)
 
 
 def rope_write(
@@ -67,4 +86,4 @@ def attend(q: Tensor, layer: LayerPages, batch: Rows, scale: float) -> Tensor:
         raise ShapeError(
             f"attend takes [T, H, {layer.head_dim}] with H a multiple of {layer.num_kv_heads}, not {list(q.shape)}."
         )
-    return choose("attend", BACKENDS, q).run(q, layer, batch, scale)
+    return choose("attend", READERS, Request(q.device, q, layer, batch)).run(q, layer, batch, scale)

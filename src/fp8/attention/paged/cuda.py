@@ -1,20 +1,17 @@
 """Decode attention in CUDA: a fixed number of blocks stream all pages of a batch; `decode.cu` says how.
 
-Beside the Triton kernel of this room: nothing waits at a barrier between memory and tensor core, work is dealt out by
-the lengths that the device knows rather than by the widest table, items are joined by the last block to arrive instead
-of by a second launch, and the launch itself may begin while the one before ends.
+Beside the Triton kernel of this room: nothing waits at a barrier between memory and tensor core, values change places
+in registers and not in shared memory, work is dealt out by the lengths that the device knows rather than by the widest
+table, and a launch may begin while the one before ends.
 
-The bound, with A the weighted sum of |v|, over n keys: |out - exact| <= 2^-8 |out| + 2^-11 A + 2^-38 n max |v|, the
+The bound, with A the weighted sum of |v|, over n keys: |out - exact| <= 2^-8 |out| + 2^-11 A + 2^-36 n max |v|, the
 rounding of the output, of the weights, and of what FP16 flushes. Sums are FP32.
-
-Tickets are one buffer a device: two calls at the same time on two streams would mix them up. Engines use one.
 """
 
 from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -27,8 +24,7 @@ SOURCE = "attention/paged/decode.cu"
 LOG2E = 1.4426950408889634
 WIDTH = 128  # the kernel's D
 MOST_GROUP, MOST_SEQUENCES = 8, 1024
-SHARED, REGISTERS = 227 * 1024, 168 * 32  # of a multiprocessor; of a warp, at most
-TICKETS = 1 << 16
+SHARED, REGISTERS = 227 * 1024, 128 * 32  # of a multiprocessor; of a warp, at most
 
 
 class Operands(ctypes.Structure):
@@ -36,7 +32,7 @@ class Operands(ctypes.Structure):
 
     _fields_ = (
         *[(name, ctypes.c_void_p) for name in ("q", "keys", "values", "key_scale", "value_scale", "pages", "lengths")],
-        *[(name, ctypes.c_void_p) for name in ("out", "products", "stats", "tickets")],
+        *[(name, ctypes.c_void_p) for name in ("out", "products", "stats")],
         *[(name, ctypes.c_int) for name in ("sequences", "kv", "width", "parts")],
         ("scale", ctypes.c_float),
     )
@@ -44,21 +40,29 @@ class Operands(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Plan:
-    """Keys of an item, warps of a block, steps in flight. `keys` and `warps` enter the bits, so they are constants."""
+    """Keys of a partition, and of one of a sequence of at most `short`; warps of a block; steps in flight.
+
+    All but `stages` enter the bits, so they are constants.
+    """
 
     keys: int = 512
+    few: int = 128
+    short: int = 2048
     warps: int = 4
     stages: int = 3
 
-    def shared(self, group: int, dynamic: bool) -> int:
-        """Bytes of shared memory: the warps' states, the rings, the parts of each sequence."""
-        states = 4 * (self.warps * (group * WIDTH + 3 * 8) + 1)
-        ring = self.stages * (160 if dynamic else 128) * 32 * self.warps
-        return -(-states // 16) * 16 + ring + 4 * MOST_SEQUENCES
+    def shared(self, group: int, dynamic: bool, sequences: int = MOST_SEQUENCES) -> int:
+        """Bytes of shared memory: the warps' states, the rings, the partitions of each sequence."""
+        states = 4 * self.warps * (group * WIDTH + 2 * 8)
+        return states + self.stages * self.warps * (4096 + (128 if dynamic else 0)) + 4 * sequences
 
     def blocks(self, shared: int) -> int:
         """Blocks that a multiprocessor holds at once."""
         return max(1, min(SHARED // (shared + 1024), 65536 // (REGISTERS * self.warps)))
+
+    def parts(self, length: int) -> int:
+        """The most partitions of a sequence of up to `length` keys."""
+        return max(-(-min(length, self.short) // self.few), -(-length // self.keys) if length > self.short else 0)
 
 
 def why_not(q: Tensor, layer: LayerPages, batch: Rows) -> str | None:
@@ -69,8 +73,7 @@ def why_not(q: Tensor, layer: LayerPages, batch: Rows) -> str | None:
         return f"it reads an FP8 cache of {WIDTH} channels a head"
     if q.shape[1] // layer.num_kv_heads > MOST_GROUP:
         return f"it takes at most {MOST_GROUP} query heads a key head"
-    most = min(MOST_SEQUENCES, TICKETS // layer.num_kv_heads)
-    return None if q.shape[0] <= most else f"it takes at most {most} sequences"
+    return None if q.shape[0] <= MOST_SEQUENCES else f"it takes at most {MOST_SEQUENCES} sequences"
 
 
 def attend(
@@ -81,29 +84,26 @@ def attend(
     use, group, dynamic = use or Plan(), heads // kv, not layer.static
     assert layer.key_scale is not None and layer.value_scale is not None
     q, pages = q.contiguous(), batch.pages.contiguous()
-    parts = -(-pages.shape[1] * layer.page_size // use.keys)
+    parts = use.parts(pages.shape[1] * layer.page_size)
     out = torch.empty(sequences, heads * WIDTH, dtype=q.dtype, device=q.device)
     products = torch.empty(sequences * heads * parts * WIDTH, device=q.device)
-    stats = torch.empty(sequences * heads * parts * 4, device=q.device)
+    stats = torch.empty(sequences * heads * parts * 2, device=q.device)
     constants = {
         "GROUP": group, "E4M3": int(layer.key_codes.dtype == torch.float8_e4m3fn), "DYNAMIC": int(dynamic),
-        "PAGE": layer.page_size, "PART": use.keys, "WARPS": use.warps, "STAGES": use.stages,
+        "PAGE": layer.page_size, "PART": use.keys, "FEW": use.few, "SHORT": use.short, "WARPS": use.warps,
+        "STAGES": use.stages,
     }  # fmt: skip
     held = (q, layer.key_codes, layer.value_codes, layer.key_scale, layer.value_scale, pages, batch.lengths)
     operands = Operands(
-        *[t.data_ptr() for t in (*held, out, products, stats, tickets_of(q.device))],
+        *[t.data_ptr() for t in (*held, out, products, stats)],
         sequences, kv, pages.shape[1], parts, scale * LOG2E,
     )  # fmt: skip
-    shared = use.shared(group, dynamic)
-    most = torch.cuda.get_device_properties(q.device).multi_processor_count * use.blocks(shared)
-    nvrtc.launch(
-        SOURCE, "decode", tuple(constants.items()), q.device, min(most, sequences * kv * parts), 32 * use.warps,
-        operands, shared=shared, early=early,
-    )  # fmt: skip
+    shared = use.shared(group, dynamic, sequences)
+    blocks = torch.cuda.get_device_properties(q.device).multi_processor_count * use.blocks(shared)
+    compiled = tuple(constants.items())
+    for name, many, threads, bytes_ in (
+        ("decode", min(blocks, sequences * kv * parts), 32 * use.warps, shared),
+        ("join", sequences * heads, WIDTH, 0),
+    ):
+        nvrtc.launch(SOURCE, name, compiled, q.device, many, threads, operands, shared=bytes_, early=early)
     return out
-
-
-@cache
-def tickets_of(device: torch.device) -> Tensor:
-    """Zeros, and zeros again after each launch."""
-    return torch.zeros(TICKETS, dtype=torch.int32, device=device)
