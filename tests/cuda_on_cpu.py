@@ -85,7 +85,7 @@ uint4 make_uint4(bits32 x, bits32 y, bits32 z, bits32 w) { return {x, y, z, w}; 
 float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 template <class T> T __ldcg(const T* p) { return *p; }
 template <class T> void __stcg(T* p, T x) { *p = x; }
-int atomicAdd(int* p, int x) { return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST); }
+template <class T> T atomicAdd(T* p, T x) { return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST); }
 
 struct Copy { int group; bits32 to; const void* from; int size; bool there; };
 thread_local std::vector<Copy> pending;
@@ -123,27 +123,32 @@ int __reduce_max_sync(bits32, int x) {
 bool __any_sync(bits32, bool x) { return __reduce_max_sync(~0u, x); }
 
 bits32 f16(float x) { return as<unsigned short>((_Float16)x); }
-float decoded(bits32 code) {  // E4M3
+#if defined(E4M3) && !E4M3
+const bits32 LAST = 0x7B;
+const float LARGEST = 57344.0f;
+float decoded(bits32 code) { return (float)as<_Float16>((unsigned short)(code << 8)); }
+bits32 widened(bits32 code) { return code << 8; }
+#else
+const bits32 LAST = 0x7E;
+const float LARGEST = 448.0f;
+float decoded(bits32 code) {
   int exponent = code >> 3 & 15, fraction = code & 7;
   float x = exponent ? ldexpf(8 + fraction, exponent - 10) : ldexpf(fraction, -9);
   x = (code & 127) == 127 ? NAN : x;
   return code & 128 ? -x : x;
 }
+bits32 widened(bits32 code) { return f16(decoded(code)); }
+#endif
 bits32 encoded(float x) {
   if (x != x) return 0x7F;
   bits32 best = 0;
-  float size = min(fabsf(x), 448.0f);
-  for (bits32 c = 1; c < 127; c++) {
+  float size = min(fabsf(x), LARGEST);
+  for (bits32 c = 1; c <= LAST; c++) {
     float now = fabsf(decoded(c) - size), least = fabsf(decoded(best) - size);
     if (now < least || (now == least && c % 2 == 0)) best = c;
   }
   return best | (std::signbit(x) ? 128 : 0);
 }
-#if defined(E4M3) && !E4M3
-bits32 widened(bits32 code) { return code << 8; }
-#else
-bits32 widened(bits32 code) { return f16(decoded(code)); }
-#endif
 float half_of(bits32 pair, int i) {
   unsigned short half = pair >> 16 * i;
 #if defined(BF16) && BF16

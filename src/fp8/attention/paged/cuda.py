@@ -33,6 +33,7 @@ class Operands(ctypes.Structure):
     _fields_ = (
         *[(name, ctypes.c_void_p) for name in ("q", "keys", "values", "key_scale", "value_scale", "pages", "lengths")],
         *[(name, ctypes.c_void_p) for name in ("out", "products", "stats")],
+        *[(name, ctypes.c_void_p) for name in ("positions", "cos", "sin", "slots", "saturated")],
         *[(name, ctypes.c_int) for name in ("sequences", "kv", "width", "parts")],
         ("scale", ctypes.c_float),
     )
@@ -80,10 +81,30 @@ def attend(
     q: Tensor, layer: LayerPages, batch: Rows, scale: float, use: Plan | None = None, early: bool = True
 ) -> Tensor:
     """`reference.attend` of one row a sequence, within the bound above; `use` and `early` are for measurements."""
-    (sequences, heads, _), kv = q.shape, layer.num_kv_heads
+    return _attend(q.contiguous(), q.shape[1], layer, batch, scale, {}, use, early)
+
+
+def rope_attend(
+    qkv: Tensor, positions: Tensor, slots: Tensor, layer: LayerPages, rope: tuple[Tensor, Tensor], batch: Rows,
+    scale: float, use: Plan | None = None, early: bool = True,
+) -> Tensor:  # fmt: skip
+    """`reference.rope_write` of one row a sequence, equal in bytes, and `attend` of what it gives, in one.
+
+    The slot of a row is where its pages say that its last position lies.
+    """
+    turned = {"positions": positions, "cos": rope[0], "sin": rope[1], "slots": slots, "saturated": layer.saturated}
+    heads = qkv.shape[1] // layer.head_dim - 2 * layer.num_kv_heads
+    return _attend(qkv.contiguous(), heads, layer, batch, scale, turned, use, early)
+
+
+def _attend(
+    q: Tensor, heads: int, layer: LayerPages, batch: Rows, scale: float, turned: dict[str, Tensor],
+    use: Plan | None, early: bool,
+) -> Tensor:  # fmt: skip
+    sequences, kv = q.shape[0], layer.num_kv_heads
     use, group, dynamic = use or Plan(), heads // kv, not layer.static
     assert layer.key_scale is not None and layer.value_scale is not None
-    q, pages = q.contiguous(), batch.pages.contiguous()
+    pages = batch.pages.contiguous()
     parts = use.parts(pages.shape[1] * layer.page_size)
     out = torch.empty(sequences, heads * WIDTH, dtype=q.dtype, device=q.device)
     products = torch.empty(sequences * heads * parts * WIDTH, device=q.device)
@@ -91,12 +112,16 @@ def attend(
     constants = {
         "GROUP": group, "E4M3": int(layer.key_codes.dtype == torch.float8_e4m3fn), "DYNAMIC": int(dynamic),
         "PAGE": layer.page_size, "PART": use.keys, "FEW": use.few, "SHORT": use.short, "WARPS": use.warps,
-        "STAGES": use.stages,
+        "STAGES": use.stages, "TURN": int(bool(turned)),
     }  # fmt: skip
-    held = (q, layer.key_codes, layer.value_codes, layer.key_scale, layer.value_scale, pages, batch.lengths)
+    held = {
+        "q": q, "keys": layer.key_codes, "values": layer.value_codes, "key_scale": layer.key_scale,
+        "value_scale": layer.value_scale, "pages": pages, "lengths": batch.lengths, "out": out, "products": products,
+        "stats": stats, **turned,
+    }  # fmt: skip
     operands = Operands(
-        *[t.data_ptr() for t in (*held, out, products, stats)],
-        sequences, kv, pages.shape[1], parts, scale * LOG2E,
+        **{name: t.data_ptr() for name, t in held.items()},
+        sequences=sequences, kv=kv, width=pages.shape[1], parts=parts, scale=scale * LOG2E,
     )  # fmt: skip
     shared = use.shared(group, dynamic, sequences)
     blocks = torch.cuda.get_device_properties(q.device).multi_processor_count * use.blocks(shared)

@@ -29,8 +29,12 @@
 // so that its largest p is 1 and its largest w at least 2^12, and again only where a w would exceed 2^15 or a p 2^64:
 // the maximum over a tile, five shuffles a head, is then rarely needed.
 //
+// With TURN the kernel before made the joined product of queries, keys and values: who needs a query turns it by its
+// position's angles, and the warp whose tile holds the newest position first turns its key, makes the codes of both, and
+// stores them. Bytes are those of `rope_write`.
+//
 // What is compiled in: GROUP query heads a key head (8 at most), E4M3, DYNAMIC (a scale a token) or one a head, PAGE,
-// PART, FEW, SHORT, WARPS, STAGES. D is 128.
+// PART, FEW, SHORT, WARPS, STAGES, TURN. D is 128.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -44,12 +48,16 @@ typedef unsigned long long u64;
 #define NONE (-__int_as_float(0x7F800000))
 
 struct Operands {
-  const u16* q;                          // BF16 [S, KV * GROUP, D]
-  const u8 *keys, *values;               // [pages, KV, PAGE, D]
-  const float *key_scale, *value_scale;  // [pages, KV, PAGE], or [KV]
+  const u16* q;                          // BF16 [S, KV * GROUP, D], or with TURN [S, KV * GROUP + 2 KV, D]
+  u8 *keys, *values;                     // [pages, KV, PAGE, D]
+  float *key_scale, *value_scale;        // [pages, KV, PAGE], or [KV]
   const int *pages, *lengths;            // [S, width], [S]
   u16* out;                              // BF16 [S, KV * GROUP, D]
   float *products, *stats;               // [S, KV, parts, GROUP, D], [S, KV, parts, GROUP, 2]
+  const int* positions;                  // [S], and the angles of each, FP32 [positions, D / 2]
+  const float *cos, *sin;
+  const long long* slots;                // [S]: where the newest keys and values go
+  u64* saturated;                        // elements that a static scale clipped
   int sequences, kv, width, parts;
   float scale;                           // of q k, times log2(e)
 };
@@ -137,6 +145,18 @@ __device__ __forceinline__ u16 to_bf16(float x) {
   return bits;
 }
 
+__device__ __forceinline__ u16 to_codes(float first, float second) {
+  u16 pair;
+#if E4M3
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
+#else
+  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
+#endif
+  return pair;
+}
+
+__device__ __forceinline__ float rounded(float x) { return from_bf16(to_bf16(x)); }
+
 // Over the eight lanes of a column: the largest, the sum.
 __device__ __forceinline__ float largest(float x) {
 #pragma unroll
@@ -191,9 +211,79 @@ struct State {  // lane (g, q): of heads 2q and 2q + 1
   float reference[2], unit[2], total[2], out[8][4];
 };
 
+#if TURN
+__device__ __forceinline__ void turn(float& first, float& second, float cos, float sin) {
+  float turned = rounded(first * cos - second * sin);
+  second = rounded(second * cos + first * sin), first = turned;
+}
+
+// Codes of a lane's four numbers of a head, x[0] and x[1] at 2 * lane, the others D / 2 further: `row` of the pages.
+__device__ __forceinline__ void store(const Operands& o, const float (&x)[4], u8* codes, float* scales, u64 row, int head,
+                                      int lane) {
+  float scale, v[4];
+#if DYNAMIC
+  int key = 0x00800000;  // of the amax: FP32 bits + 0x00800000; Inf and NaN are negative
+#pragma unroll
+  for (int i = 0; i < 4; i++) key = max(key, (int)((__float_as_uint(x[i]) & 0x7FFFFFFFu) + 0x00800000u));
+  int amax = __reduce_max_sync(0xFFFFFFFFu, key) - 0x00800000;
+  int bits = amax ? max(((amax + 0x1FFFFF) & 0x7F800000) - ((E4M3 ? 8 : 15) << 23), 1 << 23) : 0x3F800000;
+  scale = __int_as_float(bits);
+  if (lane == 0) scales[row] = scale;
+  float factor = __int_as_float(bits == 0x7F000000 ? 1 << 22 : 0x7F000000 - bits);
+#else
+  scale = scales[head];
+#endif
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    bool finite = (__float_as_uint(x[i]) & 0x7FFFFFFFu) < 0x7F800000u;
+#if DYNAMIC
+    v[i] = x[i] * factor;
+#else
+    v[i] = __fdiv_rn(x[i], scale);
+    if (finite && fabsf(v[i]) > (E4M3 ? 448.0f : 57344.0f)) atomicAdd(o.saturated, 1ull);
+#endif
+    if (E4M3) v[i] = __fmaf_rn(x[i], 0.0f, v[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    u32 pair = to_codes(v[2 * i], v[2 * i + 1]);
+    if (!E4M3)
+#pragma unroll
+      for (int j = 0; j < 2; j++)
+        if (fabsf(x[2 * i + j]) == -NONE) pair = (pair & ~(0x7Fu << 8 * j)) | 0x7Cu << 8 * j;
+    *(u16*)(codes + row * D + 64 * i + 2 * lane) = pair;
+  }
+}
+
+// The newest key and value of a sequence and head, to their slot.
+__device__ __forceinline__ void store_newest(const Operands& o, const Place& at, int lane) {
+  long long slot = o.slots[at.sequence];
+  if (slot < 0) return;
+  u64 row = ((u64)(slot / PAGE) * o.kv + at.head) * PAGE + slot % PAGE;
+  const u16* from = o.q + ((u64)at.sequence * (GROUP + 2) * o.kv + GROUP * o.kv + at.head) * D + 2 * lane;
+  float x[2][4];
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      u32 pair = *(const u32*)(from + i * o.kv * D + 64 * j);
+      x[i][2 * j] = from_bf16(pair & 0xFFFF), x[i][2 * j + 1] = from_bf16(pair >> 16);
+    }
+  u64 angle = (u64)o.positions[at.sequence] * (D / 2) + 2 * lane;
+#pragma unroll
+  for (int i = 0; i < 2; i++) turn(x[0][i], x[0][2 + i], o.cos[angle + i], o.sin[angle + i]);
+  store(o, x[0], o.keys, o.key_scale, row, at.head, lane);
+  store(o, x[1], o.values, o.value_scale, row, at.head, lane);
+  __syncwarp();
+}
+#endif
+
 __device__ __forceinline__ void fetch(const Operands& o, const Place& at, u32 ring, int warp, int lane) {
   int first = at.tile(warp), g = lane / 4, q = lane % 4;
   if (first >= at.last) return;
+#if TURN
+  if (first + TILE >= at.length) store_newest(o, at, lane);
+#endif
   int page = __shfl_sync(0xFFFFFFFFu, at.page, first / PAGE - at.first / PAGE);
   u64 row = ((u64)page * o.kv + at.head) * PAGE + first % PAGE;
 #pragma unroll
@@ -223,17 +313,28 @@ struct Queries {  // lane (g, q): of head g what K's bytes of this lane meet; th
 __device__ __forceinline__ Queries queries(const Operands& o, const Place& at, int lane) {
   Queries r;
   int g = lane / 4, q = lane % 4;
-  const u16* from = o.q + ((u64)(at.sequence * o.kv + at.head) * GROUP + (g < GROUP ? g : 0)) * D + 16 * q;
-  u32 words[8][2];
-  float most = 0.0f;
+  u64 head = (u64)at.sequence * (GROUP + 2 * TURN) * o.kv + at.head * GROUP + (g < GROUP ? g : 0);
+  const u16* from = o.q + head * D + 16 * q;
+  float x[8][4], most = 0.0f;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     uint2 pair = *(const uint2*)(from + 64 * (i / 4) + 4 * (i % 4));
-    words[i][0] = pair.x, words[i][1] = pair.y;
-#pragma unroll
-    for (int j = 0; j < 2; j++)
-      most = fmaxf(most, fmaxf(fabsf(from_bf16(words[i][j] & 0xFFFF)), fabsf(from_bf16(words[i][j] >> 16))));
+    x[i][0] = from_bf16(pair.x & 0xFFFF), x[i][1] = from_bf16(pair.x >> 16);
+    x[i][2] = from_bf16(pair.y & 0xFFFF), x[i][3] = from_bf16(pair.y >> 16);
   }
+#if TURN
+  u64 angle = (u64)o.positions[at.sequence] * (D / 2) + 16 * q;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    float4 c = *(const float4*)(o.cos + angle + 4 * i), s = *(const float4*)(o.sin + angle + 4 * i);
+    turn(x[i][0], x[4 + i][0], c.x, s.x), turn(x[i][1], x[4 + i][1], c.y, s.y);
+    turn(x[i][2], x[4 + i][2], c.z, s.z), turn(x[i][3], x[4 + i][3], c.w, s.w);
+  }
+#endif
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) most = fmaxf(most, fabsf(x[i][e]));
   most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, 1));
   most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, 2));
   int exponent = max((int)(__float_as_uint(most) >> 23) - 127, -100);
@@ -241,8 +342,7 @@ __device__ __forceinline__ Queries queries(const Operands& o, const Place& at, i
 #pragma unroll
   for (int i = 0; i < 8; i++)
 #pragma unroll
-    for (int j = 0; j < 2; j++)
-      r.word[i][j] = g < GROUP ? to_f16s(from_bf16(words[i][j] & 0xFFFF) * up, from_bf16(words[i][j] >> 16) * up) : 0;
+    for (int j = 0; j < 2; j++) r.word[i][j] = g < GROUP ? to_f16s(x[i][2 * j] * up, x[i][2 * j + 1] * up) : 0;
   float factor = o.scale * down;
   if (!DYNAMIC) factor *= o.key_scale[at.head];
 #pragma unroll
