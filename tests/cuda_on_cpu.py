@@ -37,6 +37,7 @@ BODIES = {
     "transposed": "int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4; u32 y[8];"
     " for (int i = 0; i < 8; i++) y[i] = from_lane(x, 4 * i + g / 2);"
     " return (y[2 * q] >> 16 * (g % 2) & 0xFFFF) | y[2 * q + 1] >> 16 * (g % 2) << 16;",
+    "quotient": "return a / b;",
     "bytes_of": "u8 s[8]; memcpy(s, &a, 4); memcpy(s + 4, &b, 4); u32 y = 0;"
     " for (int i = 0; i < 4; i++) y |= (u32)s[which >> 4 * i & 7] << 8 * i; return y;",
 }  # fmt: skip
@@ -57,6 +58,7 @@ using std::min;
 #define __device__
 #define __forceinline__ inline
 #define __global__
+#define __shared__ static
 #define __launch_bounds__(x)
 typedef unsigned int bits32;
 struct Index { bits32 x; };
@@ -77,6 +79,7 @@ float __int_as_float(int x) { return as<float>(x); }
 bits32 __float_as_uint(float x) { return as<bits32>(x); }
 int __float_as_int(float x) { return as<int>(x); }
 float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+double __fma_rn(double a, double b, double c) { return fma(a, b, c); }
 float __fdiv_rn(float a, float b) { return a / b; }
 float __fmul_rn(float a, float b) { return a * b; }
 float __fsqrt_rn(float a) { return sqrtf(a); }
@@ -202,12 +205,12 @@ def why_not() -> str | None:
 def translated(source: str, kernel: str) -> str:
     """The source with plain C++ in the place of assembly."""
     text = (nvrtc.PACKAGE / source).read_text()
-    for name, body in {**BODIES, "multiply": MULTIPLY[source]}.items():
+    for name, body in {**BODIES, "multiply": MULTIPLY.get(source, "")}.items():
         head = re.compile(r"(__device__ __forceinline__ [\w ]*\b" + name + r"\([^{]*\{).*?\n?\}\n", re.S)
         text = head.sub(lambda m, body=body: f"{m[1]} {body} }}\n", text, count=1)
     text = re.sub(r'asm volatile\("cp.async.wait_group %0;" ::"n"\((.*?)\) : "memory"\);', r"wait_for(\1);", text)
     text = re.sub(r"asm volatile\(.*?\);\n", ";\n", text, flags=re.S)
-    assert "wait_for" in text
+    assert "wait_for" in text or "cp.async" not in text
     text = text.replace("u64 policy;", "u64 policy = 0;").replace("extern __shared__ __align__(16) u8 memory[];", "")
     assert "asm" not in re.sub(r"//.*", "", text)
     return PRELUDE + text + MAIN.replace("KERNEL", kernel)
