@@ -60,10 +60,12 @@ using std::min;
 #define __global__
 #define __shared__ static
 #define __launch_bounds__(x)
+#define __cluster_dims__(...)
 typedef unsigned int bits32;
 struct Index { bits32 x; };
 struct uint2 { bits32 x, y; };
 struct uint4 { bits32 x, y, z, w; };
+struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 thread_local Index threadIdx, blockIdx;
 Index gridDim;
@@ -85,6 +87,7 @@ float __fmul_rn(float a, float b) { return a * b; }
 float __fsqrt_rn(float a) { return sqrtf(a); }
 uint2 make_uint2(bits32 x, bits32 y) { return {x, y}; }
 uint4 make_uint4(bits32 x, bits32 y, bits32 z, bits32 w) { return {x, y, z, w}; }
+float2 make_float2(float x, float y) { return {x, y}; }
 float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 template <class T> T __ldcg(const T* p) { return *p; }
 template <class T> void __stcg(T* p, T x) { *p = x; }

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from ... import nvrtc
+from ...fused.rows import Into
+from ...fused.rows.cuda import Parts, joined_codes, joined_values
+from ...quantize.record import Quantized
 from .pages import LayerPages
 from .rows import Rows
 
@@ -32,7 +35,7 @@ class Operands(ctypes.Structure):
 
     _fields_ = (
         *[(name, ctypes.c_void_p) for name in ("q", "keys", "values", "key_scale", "value_scale", "pages", "lengths")],
-        *[(name, ctypes.c_void_p) for name in ("out", "products", "stats")],
+        *[(name, ctypes.c_void_p) for name in ("products", "stats")],
         *[(name, ctypes.c_void_p) for name in ("positions", "cos", "sin", "slots", "saturated")],
         *[(name, ctypes.c_int) for name in ("sequences", "kv", "width", "parts")],
         ("scale", ctypes.c_float),
@@ -81,42 +84,43 @@ def attend(
     q: Tensor, layer: LayerPages, batch: Rows, scale: float, use: Plan | None = None, early: bool = True
 ) -> Tensor:
     """`reference.attend` of one row a sequence, within the bound above; `use` and `early` are for measurements."""
-    return _attend(q.contiguous(), q.shape[1], layer, batch, scale, {}, use, early)
+    return joined_values(partitions(q.contiguous(), q.shape[1], layer, batch, scale, {}, use, early))
 
 
 def rope_attend(
     qkv: Tensor, positions: Tensor, slots: Tensor, layer: LayerPages, rope: tuple[Tensor, Tensor], batch: Rows,
-    scale: float, use: Plan | None = None, early: bool = True,
-) -> Tensor:  # fmt: skip
-    """`reference.rope_write` of one row a sequence, equal in bytes, and `attend` of what it gives, in one.
+    scale: float, into: Into | None = None,
+) -> Tensor | Quantized:  # fmt: skip
+    """`reference.rope_write` of one row a sequence, equal in bytes, `attend` of what it gives, and its codes.
 
     The slot of a row is where its pages say that its last position lies.
     """
     turned = {"positions": positions, "cos": rope[0], "sin": rope[1], "slots": slots, "saturated": layer.saturated}
     heads = qkv.shape[1] // layer.head_dim - 2 * layer.num_kv_heads
-    return _attend(qkv.contiguous(), heads, layer, batch, scale, turned, use, early)
+    parts = partitions(qkv.contiguous(), heads, layer, batch, scale, turned)
+    return joined_values(parts) if into is None else joined_codes(parts, into)
 
 
-def _attend(
+def partitions(
     q: Tensor, heads: int, layer: LayerPages, batch: Rows, scale: float, turned: dict[str, Tensor],
-    use: Plan | None, early: bool,
-) -> Tensor:  # fmt: skip
+    use: Plan | None = None, early: bool = True,
+) -> Parts:  # fmt: skip
+    """Attention over each partition; q holds queries, or with `turned` the joined product."""
     sequences, kv = q.shape[0], layer.num_kv_heads
     use, group, dynamic = use or Plan(), heads // kv, not layer.static
     assert layer.key_scale is not None and layer.value_scale is not None
     pages = batch.pages.contiguous()
     parts = use.parts(pages.shape[1] * layer.page_size)
-    out = torch.empty(sequences, heads * WIDTH, dtype=q.dtype, device=q.device)
-    products = torch.empty(sequences * heads * parts * WIDTH, device=q.device)
-    stats = torch.empty(sequences * heads * parts * 2, device=q.device)
+    products = torch.empty(sequences, kv, parts, group, WIDTH, device=q.device)
+    stats = torch.empty(sequences, kv, parts, group, 2, device=q.device)
+    sizes = {"PART": use.keys, "FEW": use.few, "SHORT": use.short}
     constants = {
         "GROUP": group, "E4M3": int(layer.key_codes.dtype == torch.float8_e4m3fn), "DYNAMIC": int(dynamic),
-        "PAGE": layer.page_size, "PART": use.keys, "FEW": use.few, "SHORT": use.short, "WARPS": use.warps,
-        "STAGES": use.stages, "TURN": int(bool(turned)),
+        "PAGE": layer.page_size, "WARPS": use.warps, "STAGES": use.stages, "TURN": int(bool(turned)), **sizes,
     }  # fmt: skip
     held = {
         "q": q, "keys": layer.key_codes, "values": layer.value_codes, "key_scale": layer.key_scale,
-        "value_scale": layer.value_scale, "pages": pages, "lengths": batch.lengths, "out": out, "products": products,
+        "value_scale": layer.value_scale, "pages": pages, "lengths": batch.lengths, "products": products,
         "stats": stats, **turned,
     }  # fmt: skip
     operands = Operands(
@@ -125,10 +129,9 @@ def _attend(
     )  # fmt: skip
     shared = use.shared(group, dynamic, sequences)
     blocks = torch.cuda.get_device_properties(q.device).multi_processor_count * use.blocks(shared)
-    compiled = tuple(constants.items())
-    for name, many, threads, bytes_ in (
-        ("decode", min(blocks, sequences * kv * parts), 32 * use.warps, shared),
-        ("join", sequences * heads, WIDTH, 0),
-    ):
-        nvrtc.launch(SOURCE, name, compiled, q.device, many, threads, operands, shared=bytes_, early=early)
-    return out
+    blocks = min(blocks, sequences * kv * parts)
+    nvrtc.launch(
+        SOURCE, "decode", tuple(constants.items()), q.device, blocks, 32 * use.warps, operands,
+        shared=shared, early=early,
+    )  # fmt: skip
+    return Parts(products, stats, batch.lengths, group, sizes)

@@ -4,8 +4,8 @@
 // that a short one is still spread over the GPU. Block b takes the items b, b + blocks, ... Within an item warp v takes
 // the tiles v, v + WARPS, ... of 16 keys. A tile never straddles a page. Who computes an item is chance, what is computed
 // is not: partitions, tiles, and the order in which warps and then partitions are joined depend on the sequence's length
-// and positions alone. A second kernel, `join`, joins the partitions, in ascending order. (One that let the last block
-// join by a ticket was three times as slow: a fence of the whole GPU costs it 20 ns, whoever else could be working.)
+// and positions alone. What makes codes of the rows of out joins the partitions first (fused/rows). (Letting the last
+// block join by a ticket was three times as slow: a fence of the whole GPU costs it 20 ns, whoever else could be working.)
 //
 // Both products use m16n8k16 with F16 operands and FP32 sums; codes are F16 numbers. Keys, and channels of values, are
 // the 16 rows; the group's queries, 8 at most, are the columns:
@@ -52,7 +52,6 @@ struct Operands {
   u8 *keys, *values;                     // [pages, KV, PAGE, D]
   float *key_scale, *value_scale;        // [pages, KV, PAGE], or [KV]
   const int *pages, *lengths;            // [S, width], [S]
-  u16* out;                              // BF16 [S, KV * GROUP, D]
   float *products, *stats;               // [S, KV, parts, GROUP, D], [S, KV, parts, GROUP, 2]
   const int* positions;                  // [S], and the angles of each, FP32 [positions, D / 2]
   const float *cos, *sin;
@@ -447,10 +446,9 @@ __device__ __forceinline__ void leave(const State& s, Meeting& m, int warp, int 
   }
 }
 
-// Join the warps: products and (reference, total) of a partition, or the result, where there is but one.
+// Join the warps: products, and (reference, total), of a partition.
 __device__ __forceinline__ void unite(const Operands& o, const Place& at, const Meeting& m) {
-  int pair = at.sequence * o.kv + at.head;
-  bool whole = parts_of(at.length) == 1;
+  u64 first = ((u64)(at.sequence * o.kv + at.head) * o.parts + at.part) * GROUP;
   for (int i = threadIdx.x; i < GROUP * D; i += THREADS) {
     int h = i / D, d = i % D;
     float top = m.reference[0][h], total = 0.0f, out = 0.0f;
@@ -462,13 +460,8 @@ __device__ __forceinline__ void unite(const Operands& o, const Place& at, const 
       total += m.total[v][h] * share, out += m.out[v][h][d] * share;
     }
     if (!DYNAMIC) out *= o.value_scale[at.head];
-    u64 place = ((u64)pair * o.parts + at.part) * GROUP + h;
-    if (whole)
-      o.out[((u64)pair * GROUP + h) * D + d] = to_bf16(out / total);
-    else {
-      o.products[place * D + d] = out;
-      if (d < 2) o.stats[place * 2 + d] = d ? total : top;
-    }
+    o.products[first * D + i] = out;
+    if (d < 2) o.stats[(first + h) * 2 + d] = d ? total : top;
   }
 }
 
@@ -541,25 +534,4 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(Operands o) {
     }
     here.next(o, ends, items, lane);
   }
-}
-
-// A query head of a sequence: its partitions, if there are several, joined in ascending order.
-extern "C" __global__ void __launch_bounds__(D) join(Operands o) {
-  int pair = blockIdx.x / GROUP, h = blockIdx.x % GROUP, d = threadIdx.x;
-  asm volatile("griddepcontrol.launch_dependents;");
-  int parts = parts_of(o.lengths[pair / o.kv]);
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  u16* out = o.out + (u64)blockIdx.x * D + d;
-  if (parts == 0) *out = 0;
-  if (parts < 2) return;
-  u64 place = (u64)pair * o.parts * GROUP + h;
-  float top = NONE, total = 0.0f, y = 0.0f;
-  for (int p = 0; p < parts; p++) top = fmaxf(top, o.stats[(place + p * GROUP) * 2]);
-#pragma unroll 8
-  for (int p = 0; p < parts; p++) {
-    u64 at = place + p * GROUP;
-    float share = power(o.stats[at * 2] - top);
-    total += o.stats[at * 2 + 1] * share, y += o.products[at * D + d] * share;
-  }
-  *out = to_bf16(y / total);
 }
