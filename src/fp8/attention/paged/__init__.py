@@ -1,24 +1,50 @@
 """Attention over a cache in pages, which many sequences share: the doors.
 
 `pages.py` is the memory, `rows.py` what is asked; `reference.py` is the definition of both operations, `triton.py`
-writes the same bytes and reads within a stated bound.
+writes the same bytes and reads within a stated bound; `chunks.py` takes long chunks of prompts to cuDNN.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...backends import Backend, choose, why_not_triton
 from ...errors import ShapeError, TensorError
+from . import chunks
 from .pages import PAGED_DTYPES, LayerPages, PagedCache
-from .rows import Rows
+from .rows import Chunk, Rows
 
-__all__ = ["BACKENDS", "PAGED_DTYPES", "LayerPages", "PagedCache", "Rows", "attend", "rope_write"]
+__all__ = ["BACKENDS", "PAGED_DTYPES", "READERS", "Chunk", "LayerPages", "PagedCache", "Rows", "attend", "rope_write"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a backend of `attend` is asked."""
+
+    q: Tensor
+    layer: LayerPages
+    batch: Rows
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
 
 BACKENDS = (
     Backend("triton", "a Hopper GPU and Triton", lambda x: why_not_triton(x.device), "fp8.attention.paged.triton"),
     Backend("reference", "nothing", lambda x: None, "fp8.attention.paged.reference"),
+)
+READERS = (
+    Backend(
+        "chunks",
+        "a Hopper GPU and Triton; for long chunks cuDNN",
+        lambda x: chunks.why_not(x.q, x.layer, x.batch),
+        "fp8.attention.paged.chunks",
+    ),
+    *BACKENDS,
 )
 
 
@@ -67,4 +93,4 @@ def attend(q: Tensor, layer: LayerPages, batch: Rows, scale: float) -> Tensor:
         raise ShapeError(
             f"attend takes [T, H, {layer.head_dim}] with H a multiple of {layer.num_kv_heads}, not {list(q.shape)}."
         )
-    return choose("attend", BACKENDS, q).run(q, layer, batch, scale)
+    return choose("attend", READERS, Request(q, layer, batch)).run(q, layer, batch, scale)

@@ -42,10 +42,12 @@ class Attention(nn.Module):
             self.register_buffer(f"{part}_norm", weight)
         self.eps, self.scale = c.norm_eps, 1 / math.sqrt(c.head_dim)
 
-    def forward(self, h: Tensor, batch: Batch, pages: LayerPages, rope: Tables) -> Tensor:
+    def forward(self, h: Tensor, batch: Batch, pages: LayerPages, rope: Tables, last: Batch | None = None) -> Tensor:
         qkv = norm_linear(h, self.norm, self.qkv)
         q = rope_write(qkv, batch.positions, batch.slots, pages, rope, self.q_norm, self.k_norm, self.eps)
-        return linear_add(attend(q, pages, batch, self.scale), self.out, h)
+        if last is not None:
+            q, h = q[batch.wanted], h[batch.wanted]
+        return linear_add(attend(q, pages, last or batch, self.scale), self.out, h) if len(h) else h
 
 
 class MLP(nn.Module):
@@ -75,5 +77,6 @@ class LlamaBlock(Block):
     def read_mlp(self, weights: Weights, i: int, config: Architecture) -> nn.Module:
         return MLP(weights, f"model.layers.{i}.mlp", config)
 
-    def forward(self, h: Tensor, batch: Batch, pages: LayerPages, rope: Tables) -> Tensor:
-        return self.mlp(self.attention(h, batch, pages, rope))
+    def forward(self, h: Tensor, batch: Batch, pages: LayerPages, rope: Tables, last: Batch | None = None) -> Tensor:
+        h = self.attention(h, batch, pages, rope, last)
+        return self.mlp(h) if len(h) else h
