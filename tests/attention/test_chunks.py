@@ -15,7 +15,7 @@ from paged_batches import bits, on
 from paged_cases import CACHES, a_batch, chunked, exactly
 from triton_interpreter import run_interpreted
 
-kernels = pytest.importorskip("fp8.attention.paged.chunks_triton")
+kernels = pytest.importorskip("fp8.attention.paged.triton_chunks")
 GPU = torch.device("cuda")
 SMALL = {"STEP": 16, "BLOCK": 32, "LARGEST": 64, "LEAST_ROWS": 8, "LEAST_PAIRS": 200}
 CASES = [  # (stored, new) of each sequence, query heads, key heads, width, page size

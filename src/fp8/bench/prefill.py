@@ -45,7 +45,7 @@ HEADS, KV, WIDTH, PAGE, HIDDEN, FFN = 32, 8, 128, 64, 4096, 14336
 SCALE = WIDTH**-0.5
 MATRICES = {"qkv": (6144, 4096), "out": (4096, 4096), "gate, up": (28672, 4096), "down": (4096, 14336)}
 CASES = ((8192, 0), (8192, 8192), (16384, 0), (4096, 12288), (2048, 30000))  # new, stored
-KERNELS = "fp8.attention.paged.chunks_triton"
+KERNELS = "fp8.attention.paged.triton_chunks"
 
 
 def milliseconds(call: Callable[[], Any], rounds: int = 7) -> float:

@@ -65,7 +65,7 @@ LARGEST = 1 << 16  # keys of one call over the past
 LEAST_ROWS, LEAST_PAIRS = 256, 1 << 20  # of a chunk for which three launches pay
 
 Part = tuple[Tensor, Tensor]  # BF16 [T, H, D], FP32 [H, T]: what a call gives to the rows of a chunk
-KERNELS = "fp8.attention.paged.chunks_triton"
+KERNELS = "fp8.attention.paged.triton_chunks"
 
 
 @dataclass(frozen=True)
