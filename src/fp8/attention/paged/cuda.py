@@ -69,15 +69,15 @@ class Plan:
         return max(-(-min(length, self.short) // self.few), -(-length // self.keys) if length > self.short else 0)
 
 
-def why_not(q: Tensor, layer: LayerPages, batch: Rows) -> str | None:
+def why_not(sequences: int, heads: int, layer: LayerPages, batch: Rows) -> str | None:
     """Why the kernel does not take these; None when it does."""
     if not batch.decode:
         return "it takes one row a sequence"
     if layer.key_scale is None or layer.head_dim != WIDTH:
         return f"it reads an FP8 cache of {WIDTH} channels a head"
-    if q.shape[1] // layer.num_kv_heads > MOST_GROUP:
+    if heads // layer.num_kv_heads > MOST_GROUP:
         return f"it takes at most {MOST_GROUP} query heads a key head"
-    return None if q.shape[0] <= MOST_SEQUENCES else f"it takes at most {MOST_SEQUENCES} sequences"
+    return None if sequences <= MOST_SEQUENCES else f"it takes at most {MOST_SEQUENCES} sequences"
 
 
 def attend(

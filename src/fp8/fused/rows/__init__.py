@@ -40,6 +40,12 @@ class Into:
         return {"row": "row", "1x128": "group"}.get(str(self.tile))
 
 
+    @property
+    def joinable(self) -> bool:
+        """Whether `cuda.joined_codes` makes such codes."""
+        return self.mode is not None and self.format.name == "e4m3"
+
+
 @dataclass(frozen=True)
 class Request:
     """What a backend is asked."""
