@@ -81,6 +81,8 @@ class Toy:
         for s, length in enumerate(batch.lengths.tolist()):
             first, end = batch.starts[s : s + 2].tolist()
             assert not length or batch.positions[first:end].tolist() == list(range(length - end + first, length))
+            assert batch.chunks is None or batch.chunks[s] == (length - end + first, end - first)
+        assert batch.chunks is None or len(batch.chunks) == len(batch.lengths)
 
 
 class Letters:

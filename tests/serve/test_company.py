@@ -7,6 +7,7 @@ computed again.
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -148,6 +149,22 @@ def test_rows_that_only_fill_up_a_batch_change_nothing(models):
     assert torch.equal(bits(row), bits(alone(model, tokens)[-1]))
     changed = (before != cache.layers[1].key_codes.view(torch.uint8)).flatten(1).any(1)
     assert changed.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("name", ["odd-dynamic", "qwen3_moe-dynamic"])
+def test_the_last_layer_goes_on_with_wanted_rows_alone_and_stores_all_keys(models, name):
+    model, (one, two, three) = models(name), texts([20, 7, 25])
+    cache, whole = model.new_cache(6, PAGE), {len(text): alone(model, text) for text in (one, two, three)}
+    sequences = [Sequence(one, [1, 0]), Sequence(two, [2]), Sequence(three, [5, 3])]
+    for count, rows in ((5, []), (2, [0, 3, 5]), (13, [25, 3])):
+        work = [(s, count) for s in sequences if s.stored + count <= len(s.tokens)]
+        batch = batch_of(work)
+        given = model(dataclasses.replace(batch, wanted=torch.tensor(rows, dtype=torch.int64)), cache)
+        owners = [len(s.tokens) for s, n in work for _ in range(n)]
+        need = [whole[owners[row]][batch.positions[row]] for row in rows]
+        assert [bits(row).tolist() for row in given] == [bits(row).tolist() for row in need]
+        for s, n in work:
+            s.stored += n
 
 
 def test_a_neighbour_that_is_not_finite_changes_nothing(models):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
 import tiny_models
+from fp8.attention.paged import Chunk
 from fp8.checkpoint import Options, quantize_folder
 from fp8.models.architecture import KINDS
 from fp8.nn.int8_linear import Int8Linear
@@ -91,3 +93,21 @@ def test_a_decode_step_is_captured_and_replayed():
         logits = model(batch, cache)
     graph.replay()
     assert torch.equal(logits[0], eager[0])
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "bf16"])
+def test_a_long_prompt_by_cudnn_in_chunks_changes_little(dtype):
+    """Against the kernel that reads pages, in one piece, with all logits; here the last layer computes one row."""
+    from fp8.models.huggingface import to_config
+    from fp8.models.llama import DecoderConfig
+
+    shape = to_config(DecoderConfig(512, 512, 1024, 3, 4, 2, max_positions=4096), torch.bfloat16)
+    model, tokens = random_model(shape, device=GPU), torch.randint(0, 512, (4000,)).tolist()
+    whole = alone(model, tokens, dtype, 64)
+    sequence, cache = Sequence(tokens, list(range(63))[::-1]), model.new_cache(63, 64, dtype)
+    for count in (1500, 2100, 399, 1):
+        batch = on(batch_of([(sequence, count)], 64), GPU)
+        chunks = (Chunk(sequence.stored, count),)
+        logits = model(dataclasses.replace(batch, wanted=batch.wanted[-1:], chunks=chunks), cache)
+        sequence.stored += count
+        assert error(logits.cpu(), whole[sequence.stored - 1 : sequence.stored]) < 0.03

@@ -272,13 +272,13 @@ def plans(name: str, shape: tuple[int, int], rows: int, fp8: bool = True) -> lis
     if not few:
         uses = [wgmma.Plan(c, g, s) for c in (4, 8) for g in (2, 3, 4) for s in (3, 4, 5, 8)]
     run: Product = cuda.skinny if few else wgmma.skinny
-    best = (cuda if few else wgmma).plan(shape[0], depth, tokens)
+    ours = (cuda if few else wgmma).plan(shape[0], depth, tokens)
     for use in uses:
         if use.shared(tokens, depth) > cuda.SHARED:
             continue
         us = timed(lambda w, u=use: run(operand, w, torch.bfloat16, None, None, u), over)
         share = shape[0] * depth / us / 1e-6 / PEAK if isinstance(us, float) else None
-        which = ("*" if use == best else "") + " ".join(str(int(part)) for part in vars(use).values())
+        which = ("*" if use == ours else "") + " ".join(str(int(part)) for part in vars(use).values())
         found.append({"matrix": name, "rows": rows, "product": which, "us": us, "share": share})
     return found
 

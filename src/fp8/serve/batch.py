@@ -16,7 +16,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from ..attention.paged import Chunk
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Batch:
     wanted      int64 [S']: the rows of T whose logits are wanted
     decode      every sequence has exactly one new token, and attention may go another way for it (deterministic engines
                 never say so)
+    chunks      the first position and the number of new tokens of each sequence, for the host; None: only the device
+                knows, and attention goes one way for all (deterministic engines)
     """
 
     tokens: Tensor
@@ -42,3 +47,20 @@ class Batch:
     pages: Tensor
     wanted: Tensor
     decode: bool
+    chunks: tuple[Chunk, ...] | None = None
+
+    def narrowed(self) -> Batch:
+        """The rows whose logits are wanted, alone: each is a sequence of its own, all of whose keys are stored."""
+        sequence = torch.searchsorted(self.starts, self.wanted.int(), right=True) - 1
+        positions = self.positions[self.wanted]
+        every = torch.arange(len(self.wanted) + 1, device=self.tokens.device)
+        return Batch(
+            tokens=self.tokens[self.wanted],
+            positions=positions,
+            slots=torch.full_like(self.wanted, -1),
+            starts=every.int(),
+            lengths=torch.minimum(positions + 1, self.lengths[sequence]),
+            pages=self.pages[sequence],
+            wanted=every[:-1],
+            decode=True,
+        )

@@ -33,9 +33,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..attention.paged import Chunk
 from ..errors import ConfigError, RequestError
 from . import graphs
-from .inputs import batch_of, empty, fetch, gather, send
+from .inputs import batch_of, fetch, gather, longest, send
 from .pages import PagePool
 from .params import EngineOptions
 from .request import EngineStats, Finish, Logprob, Output, Request, TokenLogprobs
@@ -216,7 +217,9 @@ class Engine:
             return self.graphs(gather(work, self.options.page_size, width=self.graphs.width))
         arrays = gather(work, self.options.page_size, rows=self.rows)
         sent = send(arrays, self.device)
-        return self.model(batch_of(sent, self.sampler.last, one_kernel=self.rows > 0), self.cache)
+        chunks = None if self.rows else tuple(Chunk(w.start, w.new) for w in work)
+        batch = batch_of(sent, self.sampler.last, one_kernel=self.rows > 0, chunks=chunks)
+        return self.model(batch, self.cache)
 
     def _row(self, work: Work) -> Row:
         sequence, params = work.sequence, work.sequence.request.params
@@ -365,15 +368,18 @@ class Engine:
 
     @torch.no_grad()
     def _measure(self, dtype: str) -> int:
-        """Bytes that the largest step takes beside weights and cache; the sampler's share is reckoned."""
-        rows = self.rows or self.options.max_step_tokens
-        arrays = empty(rows, 1)
-        arrays["wanted"] = arrays["wanted"][: self.options.max_running]
+        """Bytes that the largest step takes beside weights and cache: the last chunk of the longest prompt, and logits
+        of as many rows as may run. The sampler's share is reckoned."""
+        length = self.options.max_model_len or self.model.config.max_positions
+        rows = min(self.rows or self.options.max_step_tokens, length)
+        arrays = longest(length - rows, rows, self.options.page_size)
+        arrays["wanted"] = np.arange(min(rows, self.options.max_running))
         last = torch.zeros(1, dtype=torch.int64, device=self.device)
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         cache = self.model.new_cache(1, self.options.page_size, dtype)
-        self.model(batch_of(send(arrays, self.device), last), cache)
+        chunks = None if self.rows else (Chunk(length - rows, rows),)
+        self.model(batch_of(send(arrays, self.device), last, one_kernel=self.rows > 0, chunks=chunks), cache)
         peak = torch.cuda.max_memory_allocated(self.device) - before
         sampling = 48 * self.options.max_running * self.model.config.vocab_size  # sorted, twice, in int64 and FP32
         torch.cuda.empty_cache()

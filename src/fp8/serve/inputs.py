@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..attention.paged import Chunk
 from .batch import Batch
 from .scheduler import Work
 
@@ -79,8 +80,23 @@ def filled(arrays: Arrays, rows: int) -> Arrays:
     }
 
 
+def longest(start: int, rows: int, page_size: int) -> Arrays:
+    """A chunk of `rows` rows from position `start` on, for measuring: it reads page 0 over and over, stores nothing."""
+    nothing = np.zeros(rows, dtype=np.int64)
+    return {
+        "tokens": nothing,
+        "positions": np.arange(start, start + rows, dtype=np.int32),
+        "slots": nothing - 1,
+        "starts": np.array([0, rows], dtype=np.int32),
+        "lengths": np.array([start + rows], dtype=np.int32),
+        "pages": np.zeros((1, -(-(start + rows) // page_size)), dtype=np.int32),
+        "wanted": nothing[:1],
+        "pending": nothing - 1,
+    }
+
+
 def empty(rows: int, width: int) -> Arrays:
-    """A batch of `rows` rows that reads and stores nothing: for warming up, measuring and capturing."""
+    """A batch of `rows` rows that reads and stores nothing: for warming up and capturing."""
     nothing = np.zeros(0, dtype=np.int64)
     start = dict.fromkeys(("tokens", "slots", "wanted", "pending"), nothing)
     small = nothing.astype(np.int32)
@@ -91,15 +107,19 @@ def empty(rows: int, width: int) -> Arrays:
     ) | {"wanted": np.arange(rows)}
 
 
-def batch_of(sent: Mapping[str, Tensor], last: Tensor, *, one_kernel: bool = False) -> Batch:
+def batch_of(
+    sent: Mapping[str, Tensor], last: Tensor, *, one_kernel: bool = False, chunks: tuple[Chunk, ...] | None = None
+) -> Batch:
     """The batch behind what was sent; `last` int64 [seats] has the newest token of each running sequence.
 
     one_kernel   never call it a decode batch: on a GPU, attention adds in another order for those
+    chunks       as in `Batch`
     """
     pending = sent["pending"]
     tokens = torch.where(pending >= 0, last[pending.clamp(min=0)], sent["tokens"])
     fields: dict[str, Any] = {n: sent[n] for n in ("positions", "slots", "starts", "lengths", "pages", "wanted")}
-    return Batch(tokens=tokens, decode=not one_kernel and len(sent["lengths"]) == len(tokens), **fields)
+    decode = not one_kernel and len(sent["lengths"]) == len(tokens)
+    return Batch(tokens=tokens, decode=decode, chunks=chunks, **fields)
 
 
 def pack(arrays: Arrays, pin: bool) -> tuple[Tensor, Layout]:

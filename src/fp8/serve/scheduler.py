@@ -73,7 +73,8 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def plan(self) -> list[Work]:
-        """The next step's work, at most `max_step_tokens` in all; the sequences count as computed so far."""
+        """The next step's work, at most `max_step_tokens` in all, the longest chunk last; the sequences count as
+        computed so far."""
         work: list[Work] = []
         before, self._left = self.preemptions, self.max_step_tokens
         for sequence in sorted(self.running, key=lambda s: s.to_do > 1):  # stable: the oldest first in both halves
@@ -82,7 +83,7 @@ class Scheduler:
                 work.append(self._advance(sequence, new))
         if self.preemptions == before:
             self._admit(work)
-        return work
+        return sorted(work, key=lambda w: w.new)  # attention takes neighbours of one kind together
 
     def undo(self, work: list[Work]) -> None:
         """Take back a plan that was not carried out: its sequences wait again, and none of the pages it was to write is

@@ -117,22 +117,31 @@ def attend(q: Tensor, layer: LayerPages, batch: Rows, scale: float) -> Tensor:
 def partitions(layer: LayerPages, pages: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Keys and values, FP32 `[KV, PARTITION, D]` each, of the positions from 0 on; zeros beyond `length`."""
     for start in range(0, length, PARTITION):
-        position = torch.arange(start, min(start + PARTITION, length), device=pages.device)
-        page, offset = pages[position // layer.page_size].long(), position % layer.page_size
-        yield (
-            decoded(layer.key_codes, layer.key_scale, page, offset),
-            decoded(layer.value_codes, layer.value_scale, page, offset),
-        )
+        keys, values = decoded(layer, pages, start, min(start + PARTITION, length))
+        yield whole(keys), whole(values)
 
 
-def decoded(codes: Tensor, scale: Tensor | None, page: Tensor, offset: Tensor) -> Tensor:
-    """`code * scale` in FP32 of some positions, filled up with zeros to `[KV, PARTITION, D]`."""
+def decoded(layer: LayerPages, pages: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Keys and values, `code * scale` in FP32 `[stop - start, KV, D]` each, of the positions start .. stop - 1."""
+    position = torch.arange(start, stop, device=pages.device)
+    page, offset = pages[position // layer.page_size].long(), position % layer.page_size
+    return (
+        real(layer.key_codes, layer.key_scale, page, offset),
+        real(layer.value_codes, layer.value_scale, page, offset),
+    )
+
+
+def real(codes: Tensor, scale: Tensor | None, page: Tensor, offset: Tensor) -> Tensor:
+    """`code * scale` of some places of pages."""
     raw = codes.view(torch.uint8) if codes.dtype.itemsize == 1 else codes  # FP8 has no gather of its own
-    real = raw[page, :, offset].view(codes.dtype).float()
-    if scale is not None:
-        real = real * (scale if scale.dim() == 1 else scale[page, :, offset]).unsqueeze(-1)
-    full = real.new_zeros(codes.shape[1], PARTITION, codes.shape[3])
-    full[:, : len(page)] = real.transpose(0, 1)
+    held = raw[page, :, offset].view(codes.dtype).float()
+    return held if scale is None else held * (scale if scale.dim() == 1 else scale[page, :, offset]).unsqueeze(-1)
+
+
+def whole(x: Tensor) -> Tensor:
+    """x [keys, KV, D] filled up with zeros to `[KV, PARTITION, D]`."""
+    full = x.new_zeros(x.shape[1], PARTITION, x.shape[2])
+    full[:, : len(x)] = x.transpose(0, 1)
     return full
 
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
+
+class Chunk(NamedTuple):
+    """The new rows of one sequence: `rows` of them, the first at position `start`."""
+
+    start: int
+    rows: int
 
 
 class Rows(Protocol):
@@ -15,6 +22,8 @@ class Rows(Protocol):
     lengths     int32 [S]: positions of each sequence that are stored; 0: its rows read nothing, and get 0
     pages       int32 [S, most pages]: the page numbers of each sequence, in order
     decode      every sequence has exactly one row
+    chunks      what `positions` and `starts` say, for the host; None: only the device knows, or a row's result shall
+                not depend on the chunk that it comes in (deterministic engines)
     """
 
     @property
@@ -31,3 +40,6 @@ class Rows(Protocol):
 
     @property
     def decode(self) -> bool: ...
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...] | None: ...

@@ -39,6 +39,11 @@ class Into:
             return "given"
         return {"row": "row", "1x128": "group"}.get(str(self.tile))
 
+    @property
+    def joinable(self) -> bool:
+        """Whether `cuda.joined_codes` makes such codes."""
+        return self.mode is not None and self.format.name == "e4m3"
+
 
 @dataclass(frozen=True)
 class Request:

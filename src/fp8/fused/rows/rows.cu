@@ -7,10 +7,12 @@
 // quantize/triton_cast.py for keys, scales and what becomes of Inf and NaN.
 //
 // What is compiled in:
-//   PRODUCER 0 x itself; 1 its RMS norm: the mean of squares in FP64, roundings as fused/norm; 2 silu(gate) * up
+//   PRODUCER 0 x itself; 1 its RMS norm: the mean of squares in FP64, roundings as fused/norm; 2 silu(gate) * up;
+//            3 attention, from the partitions of a decode step (attention/paged/decode.cu, whose GROUP, PART, FEW and SHORT
+//            it needs), joined eight at a time, in ascending order
 //   MODE     0 a given scale; 1 one a row; 2 one for 128 columns; 3 no codes: the values, in BF16
 //   POWER    scales are powers of two                W32      the norm's weight is FP32, not BF16
-//   COLS     a multiple of 8                         WARPS, CLUSTER (with PRODUCER 1: 1)
+//   COLS     a multiple of 8 (PRODUCER 3: of 128)    WARPS, CLUSTER (with PRODUCER 1: 1)
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -33,6 +35,9 @@ struct Operands {
   float* scale;
   int stride_r, stride_c;  // of the scales
   float eps;
+  const float2* stats;  // with PRODUCER 3: (reference, total) of each partition and head; x is FP32
+  const int* lengths;
+  int parts;
 };
 
 struct Values {
@@ -193,6 +198,47 @@ __device__ __forceinline__ void store_values(u8* to, const Values& x) {
   *(uint4*)to = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
 
+#if PRODUCER == 3
+// Eight channels of a query head of sequence `row`.
+__device__ __forceinline__ Values joined(const Operands& o, int row, int column, int parts) {
+  int head = column / 128;
+  u64 first = ((u64)(row * (COLS / 128 / GROUP) + head / GROUP) * o.parts) * GROUP + head % GROUP;
+  float top = __int_as_float(0xFF800000), total = 0.0f;
+  Values y = {};
+  for (int start = 0; column < COLS && start < parts; start += 8) {
+    float2 stats[8];
+    float4 low[8], high[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      u64 at = first + (u64)(start + i) * GROUP;
+      const float* from = (const float*)o.x + at * 128 + column % 128;
+      bool there = start + i < parts;
+      stats[i] = there ? o.stats[at] : make_float2(__int_as_float(0xFF800000), 0.0f);
+      low[i] = there ? *(const float4*)from : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      high[i] = there ? *(const float4*)(from + 4) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+    float most = top;
+#pragma unroll
+    for (int i = 0; i < 8; i++) most = fmaxf(most, stats[i].x);
+    float fade = power(top - most);
+    total *= fade, top = most;
+#pragma unroll
+    for (int e = 0; e < 8; e++) y.of[e] *= fade;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      float share = power(stats[i].x - most);
+      total += stats[i].y * share;
+      y.of[0] += low[i].x * share, y.of[1] += low[i].y * share, y.of[2] += low[i].z * share;
+      y.of[3] += low[i].w * share, y.of[4] += high[i].x * share, y.of[5] += high[i].y * share;
+      y.of[6] += high[i].z * share, y.of[7] += high[i].w * share;
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < 8; e++) y.of[e] = parts ? rounded(__fdiv_rn(y.of[e], total)) : 0.0f;
+  return y;
+}
+#endif
+
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS) rows(Operands o) {
   int row = blockIdx.x / CLUSTER, part = blockIdx.x % CLUSTER;
   int first = (part * VECTORS * THREADS + threadIdx.x) * 8;
@@ -206,10 +252,17 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS) rows(Operands o)
     beside[v] = W32 ? eight_wide(o.weight, column) : eight(o.weight, column);
   }
 #endif
+#if PRODUCER == 3
+  int length = o.lengths[row], size = length <= SHORT ? FEW : PART, parts = (length + size - 1) / size;
+#endif
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #pragma unroll
   for (int v = 0; v < VECTORS; v++) {
     int column = first + v * THREADS * 8;
+#if PRODUCER == 3
+    x[v] = joined(o, row, column, parts);
+    continue;
+#endif
     x[v] = eight(from, column);
     if (PRODUCER == 2) beside[v] = eight(from + 2 * COLS, column);
   }

@@ -1,4 +1,9 @@
-"""A decoder as it is served: an embedding, blocks in a row, a norm and a head, over new rows of many sequences."""
+"""A decoder as it is served: an embedding, blocks in a row, a norm and a head, over new rows of many sequences.
+
+The last layer stores the keys and values of all rows, but only those whose logits are wanted go on: of a prompt, one.
+That saves nearly all of one layer. No bit depends on it on a CPU, where rows do not see each other (`layers.py`); a
+deterministic engine on a GPU, which always computes the same number of rows, does not do it (`Batch.chunks` is None).
+"""
 
 from __future__ import annotations
 
@@ -21,8 +26,12 @@ class Block(nn.Module):
 
     capturable = True  # no shape depends on a value: a CUDA graph can replay it
 
-    def forward(self, h: Tensor, batch: Batch, pages: LayerPages, rope: Tables) -> Tensor:
-        """The residual stream h [T, hidden], BF16, after this layer; its new keys and values are in `pages`."""
+    def forward(self, h: Tensor, batch: Batch, pages: LayerPages, rope: Tables, last: Batch | None = None) -> Tensor:
+        """The residual stream h [T, hidden], BF16, after this layer; its new keys and values are in `pages`.
+
+        last   given to the last layer: `batch.narrowed()`, whose rows alone are computed after keys and values are
+               stored, and returned
+        """
         raise NotImplementedError
 
 
@@ -52,9 +61,11 @@ class ServedModel(nn.Module):
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
         """FP32 logits `[S', V]` of the rows that `batch.wanted` names."""
         h = self.embedding[batch.tokens]
-        for layer, pages in zip(self.layers, cache.layers, strict=True):
-            h = layer(h, batch, pages, (self.cos, self.sin))
-        return norm_logits(h[batch.wanted], self.norm, self.head)
+        few = batch.chunks is not None and len(batch.wanted) < len(batch.tokens)
+        last = [None] * (len(self.layers) - 1) + [batch.narrowed() if few else None]
+        for layer, pages, narrowed in zip(self.layers, cache.layers, last, strict=True):
+            h = layer(h, batch, pages, (self.cos, self.sin), narrowed)
+        return norm_logits(h if few else h[batch.wanted], self.norm, self.head)
 
     def new_cache(self, pages: int, page_size: int = 64, dtype: str = "fp8") -> PagedCache:
         """A cache of this model's shape and device, with the file's static scales where it has them and `dtype` is the
