@@ -37,7 +37,9 @@ BODIES = {
     "show": "", "arrive": "arrived.emplace(cluster->arrive());",
     "wait": "cluster->wait(std::move(*arrived)); arrived.reset();",
     "told": "float4 x; memcpy(&x, memories[from] + address, 16); return x;",
-void __syncwarp() { meet_warp(); }
+    "transposed": "int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4; u32 y[8];"
+    " for (int i = 0; i < 8; i++) y[i] = from_lane(x, 4 * i + g / 2);"
+    " return (y[2 * q] >> 16 * (g % 2) & 0xFFFF) | y[2 * q + 1] >> 16 * (g % 2) << 16;",
     "quotient": "return a / b;",
     "bytes_of": "u8 s[8]; memcpy(s, &a, 4); memcpy(s + 4, &b, 4); u32 y = 0;"
     " for (int i = 0; i < 4; i++) y |= (u32)s[which >> 4 * i & 7] << 8 * i; return y;",

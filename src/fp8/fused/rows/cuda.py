@@ -48,7 +48,8 @@ class Parts:
 
     products   FP32 [S, KV, parts, GROUP, 128]: sums of weights times values
     stats      FP32 [S, KV, parts, GROUP, 2]: the reference of the weights' exponents, and their sum
-    lengths    int32 [S]: keys; a sequence has ceil(length / size) partitions, size FEW up to a length of SHORT, then PART
+    lengths    int32 [S]: keys; a sequence has ceil(length / size) partitions, size FEW up to a length of SHORT, then
+               PART
     group      GROUP
     sizes      PART, FEW and SHORT by name
     """
