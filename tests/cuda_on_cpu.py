@@ -36,7 +36,7 @@ BODIES = {
     "power": "return exp2f(x);",
     "show": "", "arrive": "arrived.emplace(cluster->arrive());",
     "wait": "cluster->wait(std::move(*arrived)); arrived.reset();",
-    "told": "float4 x; memcpy(&x, memories[from] + address, 16); return x;",
+    "four_of": "float4 x; memcpy(&x, memories[from] + address, 16); return x;",
     "transposed": "int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4; u32 y[8];"
     " for (int i = 0; i < 8; i++) y[i] = from_lane(x, 4 * i + g / 2);"
     " return (y[2 * q] >> 16 * (g % 2) & 0xFFFF) | y[2 * q + 1] >> 16 * (g % 2) << 16;",

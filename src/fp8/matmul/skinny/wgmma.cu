@@ -89,7 +89,7 @@ __device__ __forceinline__ void arrive() { asm volatile("barrier.cluster.arrive.
 __device__ __forceinline__ void wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // Four numbers at an address of block `from` of the cluster.
-__device__ __forceinline__ float4 told(u32 address, u32 from) {
+__device__ __forceinline__ float4 four_of(u32 address, u32 from) {
   float4 x;
   asm volatile("{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %4, %5;\n\t"
                "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n\t}"
@@ -244,10 +244,10 @@ __device__ __forceinline__ void finish(const Operands& o, int tile, u32 sums, co
   for (int n = 0; n < EACH; n++) {
     if (!has(o, tile, n)) continue;
     u32 place = sums + 4 * (token_of(n) * PITCH + within);
-    float4 sum = told(place, 0);
+    float4 sum = four_of(place, 0);
 #pragma unroll
     for (int s = 1; s < CLUSTER; s++) {
-      float4 next = told(place, s);
+      float4 next = four_of(place, s);
       sum.x += next.x, sum.y += next.y, sum.z += next.z, sum.w += next.w;
     }
     float y[4] = {sum.x, sum.y, sum.z, sum.w};
