@@ -42,7 +42,9 @@ def test_what_has_no_room_or_no_whole_tiles_is_refused() -> None:
 
 
 @pytest.mark.skipif(nvrtc.why_not() is not None, reason="NVRTC is not installed")
-@pytest.mark.parametrize("other", [{}, {"GROUPS": 4, "CLUSTER": 8}, {"TOKENS": 32, "BIAS": 1, "RESIDUAL": 1}])
+@pytest.mark.parametrize(
+    "other", [{}, {"TOKENS": 8}, {"GROUPS": 4, "CLUSTER": 8}, {"TOKENS": 32, "BIAS": 1, "RESIDUAL": 1}]
+)
 def test_no_register_is_spilled(other: dict[str, int], tmp_path) -> None:
     used = resources(nvrtc.build(wgmma.SOURCE, CONSTANTS | other, "90a"), tmp_path)
     assert used["STACK"] == 0 and used["REG"] <= 168
@@ -86,7 +88,11 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "cols", "tiles", "use"),
-    [(20, 128, TILES[0], wgmma.Plan(2, 1, 3)), (41, 192, TILES[1], wgmma.Plan(2, 2, 3))],
+    [
+        (5, 64, TILES[2], wgmma.Plan(2, 1, 2)),
+        (20, 128, TILES[0], wgmma.Plan(2, 1, 3)),
+        (41, 192, TILES[1], wgmma.Plan(2, 2, 3)),
+    ],
 )
 def test_here_the_product_is_within_its_budget(here, rows, cols, tiles, use) -> None:
     within_its_budget(rows, cols, 512, tiles, "cpu", use)
@@ -111,7 +117,7 @@ def test_a_row_has_the_same_bits_in_company_and_in_every_plan(cols: int, depth: 
     plan = wgmma.plan(cols, depth)
     assert plan is not None
     whole = wgmma.skinny(x, w, torch.float32, None, None)
-    for rows in (17, 32, 33, 63):
+    for rows in (1, 9, 16, 17, 32, 33, 63):
         some = Quantized(x.codes[:rows].contiguous(), x.scale[:rows].contiguous(), x.tile, x.format)
         for early in (True, False):
             assert torch.equal(wgmma.skinny(some, w, torch.float32, None, None, early=early), whole[:rows])

@@ -266,6 +266,165 @@ def attention(sequences: int, length: int, others: bool) -> list[dict[str, Any]]
 def plans(name: str, shape: tuple[int, int], rows: int, fp8: bool = True) -> list[dict[str, Any]]:
     """Other plans of the CUDA kernels, with early launch; ours is marked."""
     over, found, size = weights(shape, fp8), [], 1 if fp8 else 2
+    x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
+    operand, tokens, depth = quantize(x, "e4m3", "row") if fp8 else x, max(8, rows), shape[1] * size
+    uses: list[tuple[Any, Any]] = []
+    if rows <= cuda.MOST_ROWS:
+        uses += [(cuda, cuda.Plan(r, 16, s, k)) for r in (2, 3) for s in (2, 3, 4) for k in (False, True)]
+    if fp8:
+        uses += [(wgmma, wgmma.Plan(c, g, s)) for c in (4, 8) for g in (2, 3, 4) for s in (3, 4, 5, 8)]
+    for kernel, use in uses:
+        if use.shared(tokens, depth) > cuda.SHARED:
+            continue
+        us = timed(lambda w, u=use, k=kernel: k.skinny(operand, w, torch.bfloat16, None, None, u), over)
+        share = shape[0] * depth / us / 1e-6 / PEAK if isinstance(us, float) else None
+        ours = "*" if use == kernel.plan(shape[0], depth, tokens) else ""
+        which = f"{ours}{kernel.__name__[-5:]} " + " ".join(str(int(part)) for part in vars(use).values())
+        found.append({"matrix": name, "rows": rows, "product": which, "us": us, "share": share})
+    return found
+
+
+def row_kernels(rows: int) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Each implementation's call before each product of a layer."""
+    h, x, weight = (torch.randn(n, device="cuda").bfloat16() for n in ((rows, 4096), (rows, 4096), (4096,)))
+    gate_up = torch.randn(rows, 2 * 14336, device="cuda").bfloat16()
+    made = {"cuda": rows_in_cuda}
+    if find_spec(ROWS_TRITON) is not None:
+        made["triton"] = importlib.import_module(ROWS_TRITON)
+    return {
+        name: {
+            "qkv": lambda k=k: k.norm_codes(h, weight, 1e-5, ROW), "out": lambda k=k: k.row_codes(x, ROW),
+            "gate, up": lambda k=k: k.norm_codes(h, weight, 1e-5, ROW), "down": lambda k=k: k.gated_codes(gate_up, ROW),
+        }
+        for name, k in made.items()
+    }  # fmt: skip
+
+
+def rows_to_codes(rows: int) -> list[dict[str, Any]]:
+    """Microseconds of each row kernel, one after the other; the share means nothing."""
+    return [
+        {"matrix": f"to {place}", "rows": rows, "product": name, "us": timed(lambda _, c=call: c(), [0] * 64),
+         "share": None}
+        for place in ("out", "gate, up", "down") for name, calls in row_kernels(rows).items()
+        for call in (calls[place],)
+    ]  # fmt: skip
+
+
+def layers(rows: int, count: int = 8) -> list[dict[str, Any]]:
+    """Microseconds a layer of its row kernels and products in a row; `ahead` launches Triton's kernels early too."""
+    each = {name: weights(shape, True)[:count] for name, shape in MATRICES.items()}
+    run = {"triton": function(TRITON, "skinny")} if find_spec(TRITON) is not None else {}
+    run["cuda"] = cuda.skinny if rows <= cuda.MOST_ROWS else wgmma.skinny
+    found = []
+    for (of_rows, calls), (of_products, product), ahead in itertools.product(
+        row_kernels(rows).items(), run.items(), (False, True)
+    ):
+
+        def layer(i: int, calls: Any = calls, product: Any = product) -> None:
+            for name, copies in each.items():
+                product(calls[name](), copies[i % len(copies)], torch.bfloat16, None, None)
+
+        if ahead and of_rows == of_products == "cuda":
+            continue
+        triton_launch.LAUNCH = ahead
+        us = timed(layer, list(range(count)))  # type: ignore[arg-type]
+        triton_launch.LAUNCH = False
+        share = sum(n * k for n, k in MATRICES.values()) / us / 1e-6 / PEAK if isinstance(us, float) else None
+        name = f"{of_rows}+{of_products}{' ahead' if ahead else ''}"
+        found.append({"matrix": "a layer", "rows": rows, "product": name, "us": us, "share": share})
+    return found
+
+
+# --------------------------------------------------------------------------- a whole step
+
+
+def steps(
+    quantization: str | None = "fp8", kv: str = "fp8", over: tuple[tuple[int, int], ...] = STEPS
+) -> list[dict[str, Any]]:
+    """Microseconds of decode steps of an 8B model; prints them, and the kernels that take the most."""
+    model, found = random_model(LLAMA, device=torch.device("cuda"), quantization=quantization), []
+    for sequences, length in over:
+        for ahead in (False, True):
+            triton_launch.LAUNCH = ahead
+            cache, batch = decode_batch(model, sequences, length, kv)
+            us = timed(lambda _, b=batch, c=cache: model(b, c), [0])
+            triton_launch.LAUNCH = False
+            name = f"{quantization or 'bf16'}+{kv}{' ahead' if ahead else ''}"
+            found.append({"matrix": f"a step, {length}", "rows": sequences, "product": name, "us": us, "share": None})
+        print(table(found[-2:]), "|", hottest(lambda b=batch, c=cache: model(b, c)), flush=True)
+    return found
+
+
+def decode_batch(model: Any, sequences: int, length: int, kv: str) -> tuple[Any, Batch]:
+    width = -(-length // PAGE)
+    cache = model.new_cache(sequences * width, PAGE, kv)
+    pages = torch.arange(sequences * width, device="cuda").int().view(sequences, width)
+    every = torch.arange(sequences + 1, device="cuda")
+    lengths = torch.full((sequences,), length, dtype=torch.int32, device="cuda")
+    slots = pages[:, -1].long() * PAGE + (length - 1) % PAGE
+    return cache, Batch(every[:-1], lengths - 1, slots, every.int(), lengths, pages, every[:-1], True)
+
+
+def hottest(call: Callable[[], Any], most: int = 7) -> str:
+    """The kernels of a call that take the most time: name, launches, microseconds each."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:most]
+    return "; ".join(f"{e.key[:24]} {e.count}x{e.self_device_time_total / e.count:.1f}" for e in events if e.count)
+
+
+# --------------------------------------------------------------------------- attention
+
+
+def cache_of(sequences: int, length: int) -> tuple[list[LayerPages], Batch, Tensor]:
+    """Layers that together exceed the L2, full of codes; a batch that decodes; its queries."""
+    pages = sequences * length // PAGE
+    layer = 2 * pages * PAGE * KV * WIDTH
+    layers = []
+    for _ in range(max(2, min(16, round(APART / layer)))):
+        keys, values = (
+            (torch.randint(0, 256, (pages, KV, PAGE, WIDTH), dtype=torch.uint8, device="cuda") & 0xFE).view(E4M3)
+            for _ in range(2)
+        )
+        scales = [torch.full((pages, KV, PAGE), 2.0**-9, device="cuda") for _ in range(2)]
+        saturated = torch.zeros(1, dtype=torch.int64, device="cuda")
+        layers.append(LayerPages(keys, values, scales[0], scales[1], saturated))
+    table = torch.randperm(pages, device="cuda").view(sequences, -1).int()
+    every = torch.arange(sequences + 1, device="cuda")
+    lengths = torch.full((sequences,), length, dtype=torch.int32, device="cuda")
+    slots = table[:, -1].long() * PAGE + PAGE - 1
+    batch = Batch(every[:-1], lengths - 1, slots, every.int(), lengths, table, every[:-1], True)
+    return layers, batch, torch.randn(sequences, HEADS, WIDTH, device="cuda").bfloat16()
+
+
+def attention(sequences: int, length: int, others: bool) -> list[dict[str, Any]]:
+    """Every implementation, and with `others` other plans of ours, over an FP8 cache with a scale a token and head."""
+    layers, batch, q = cache_of(sequences, length)
+    scale = WIDTH**-0.5
+    runs: dict[str, Product] = {
+        "cuda early": lambda p: paged.attend(q, p, batch, scale),
+        "cuda": lambda p: paged.attend(q, p, batch, scale, early=False),
+    }
+    if find_spec(PAGED_TRITON) is not None:
+        run = function(PAGED_TRITON, "attend")
+        runs["triton"] = lambda p: run(q, p, batch, scale)
+    if others:
+        for keys, warps, stages in itertools.product((256, 512), (4, 8), (3, 4)):
+            use = paged.Plan(keys, warps, stages)
+            runs[f"{keys} {warps} {stages}"] = lambda p, use=use: paged.attend(q, p, batch, scale, use)
+    moved = 2 * sequences * length * KV * (WIDTH + 4)
+    found = []
+    for name, call in runs.items():
+        us = timed(call, layers)
+        share = moved / us / 1e-6 / PEAK if isinstance(us, float) else None
+        found.append({"matrix": f"{length} keys", "rows": sequences, "product": name, "us": us, "share": share})
+    return found
+
+
+def plans(name: str, shape: tuple[int, int], rows: int, fp8: bool = True) -> list[dict[str, Any]]:
+    """Other plans of the CUDA kernels, with early launch; ours is marked."""
+    over, found, size = weights(shape, fp8), [], 1 if fp8 else 2
     few, x = rows <= cuda.MOST_ROWS, torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
     operand, tokens, depth = quantize(x, "e4m3", "row") if fp8 else x, max(8, rows), shape[1] * size
     uses: list[Any] = [cuda.Plan(r, 16, s, k) for r in (2, 3) for s in (2, 3, 4) for k in (False, True)]
@@ -300,7 +459,7 @@ def cell(row: dict[str, Any]) -> str:
     )
 
 
-def best(found: list[dict[str, Any]], most: int = 4) -> list[dict[str, Any]]:
+def best(found: list[dict[str, Any]], most: int = 6) -> list[dict[str, Any]]:
     """The fastest few of each matrix and number of rows."""
     kept = []
     for _, group in itertools.groupby(found, lambda row: (row["matrix"], row["rows"])):

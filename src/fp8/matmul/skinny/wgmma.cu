@@ -18,7 +18,7 @@
 // swizzle: eight tokens are 128 bytes, and 16 columns further lie TOKENS * 16 bytes further.
 //
 // What is compiled in:
-//   TOKENS   32 or 64: M, filled up with zeros        GROUPS   warpgroups of a block
+//   TOKENS   8, 16, 32 or 64: M, filled with zeros    GROUPS   warpgroups of a block
 //   STAGES   steps of 128 columns in flight           CLUSTER  slices of K, each `per` times 128 columns
 //   BIAS     0 none, 1 BF16, 2 FP32                   OUT32    y is FP32, not BF16
 //   RESIDUAL, ROW_X, ROW_W (a scale a row, or one)
@@ -105,8 +105,32 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
 }
 
 // d = w x^T over 128 columns, from zero; the four words of `a` from 4 n on are instruction n's.
-#if TOKENS == 64
-#define INTO                                                                                                        \
+#if TOKENS == 8
+#define INTO "{%0, %1, %2, %3}, "
+#define STEP_0 "{%4, %5, %6, %7}, %20, never, 1, 1;\n\t"
+#define STEP_1 "{%8, %9, %10, %11}, %21, always, 1, 1;\n\t"
+#define STEP_2 "{%12, %13, %14, %15}, %22, always, 1, 1;\n\t"
+#define STEP_3 "{%16, %17, %18, %19}, %23, always, 1, 1;\n\t"
+#define PREDICATES "setp.eq.u64 never, %20, 0;\n\tsetp.ne.u64 always, %20, 0;\n\t"
+#define WGMMA "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 " INTO
+#elif TOKENS == 16
+#define INTO "{%0, %1, %2, %3, %4, %5, %6, %7}, "
+#define STEP_0 "{%8, %9, %10, %11}, %24, never, 1, 1;\n\t"
+#define STEP_1 "{%12, %13, %14, %15}, %25, always, 1, 1;\n\t"
+#define STEP_2 "{%16, %17, %18, %19}, %26, always, 1, 1;\n\t"
+#define STEP_3 "{%20, %21, %22, %23}, %27, always, 1, 1;\n\t"
+#define PREDICATES "setp.eq.u64 never, %24, 0;\n\tsetp.ne.u64 always, %24, 0;\n\t"
+#define WGMMA "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 " INTO
+#elif TOKENS == 32
+#define INTO "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+#define STEP_0 "{%16, %17, %18, %19}, %32, never, 1, 1;\n\t"
+#define STEP_1 "{%20, %21, %22, %23}, %33, always, 1, 1;\n\t"
+#define STEP_2 "{%24, %25, %26, %27}, %34, always, 1, 1;\n\t"
+#define STEP_3 "{%28, %29, %30, %31}, %35, always, 1, 1;\n\t"
+#define PREDICATES "setp.eq.u64 never, %32, 0;\n\tsetp.ne.u64 always, %32, 0;\n\t"
+#define WGMMA "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 " INTO
+#elif TOKENS == 64
+#define INTO                                                                                                   \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31}, "
 #define STEP_0 "{%32, %33, %34, %35}, %48, never, 1, 1;\n\t"
@@ -115,25 +139,22 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
 #define STEP_3 "{%44, %45, %46, %47}, %51, always, 1, 1;\n\t"
 #define PREDICATES "setp.eq.u64 never, %48, 0;\n\tsetp.ne.u64 always, %48, 0;\n\t"
 #define WGMMA "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 " INTO
-#else
-#define INTO "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-#define STEP_0 "{%16, %17, %18, %19}, %32, never, 1, 1;\n\t"
-#define STEP_1 "{%20, %21, %22, %23}, %33, always, 1, 1;\n\t"
-#define STEP_2 "{%24, %25, %26, %27}, %34, always, 1, 1;\n\t"
-#define STEP_3 "{%28, %29, %30, %31}, %35, always, 1, 1;\n\t"
-#define PREDICATES "setp.eq.u64 never, %32, 0;\n\tsetp.ne.u64 always, %32, 0;\n\t"
-#define WGMMA "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 " INTO
 #endif
 #define FOUR(what, d, i) what(d[i]), what(d[i + 1]), what(d[i + 2]), what(d[i + 3])
-#define MORE(what, d, i) FOUR(what, d, i), FOUR(what, d, i + 4), FOUR(what, d, i + 8), FOUR(what, d, i + 12)
+#define EIGHT(what, d, i) FOUR(what, d, i), FOUR(what, d, i + 4)
+#define MORE(what, d, i) EIGHT(what, d, i), EIGHT(what, d, i + 8)
 
 __device__ __forceinline__ void multiply(float (&d)[TOKENS / 2], const u32 (&a)[16], u64 x) {
   asm volatile("{\n\t.reg .pred never, always;\n\t" PREDICATES "wgmma.fence.sync.aligned;\n\t" WGMMA STEP_0 WGMMA STEP_1
                WGMMA STEP_2 WGMMA STEP_3 "wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 0;\n\t}"
-#if TOKENS == 64
-               : MORE("=f", d, 0), MORE("=f", d, 16)
-#else
+#if TOKENS == 8
+               : FOUR("=f", d, 0)
+#elif TOKENS == 16
+               : EIGHT("=f", d, 0)
+#elif TOKENS == 32
                : MORE("=f", d, 0)
+#else
+               : MORE("=f", d, 0), MORE("=f", d, 16)
 #endif
                : MORE("r", a, 0), "l"(x), "l"(x + 2 * TOKENS), "l"(x + 4 * TOKENS), "l"(x + 6 * TOKENS)
                : "memory");

@@ -93,7 +93,7 @@ def skinny(
 ) -> Tensor:  # fmt: skip
     """`residual + RN(x w^T + bias)`, [M, N], on CUDA; `use` and `early` are for measurements."""
     (rows, depth), cols = x.codes.shape, w.codes.shape[0]
-    codes, tokens = x.codes.contiguous(), 32 if rows <= 32 else 64
+    codes, tokens = x.codes.contiguous(), max(8, 1 << (rows - 1).bit_length())
     use = use or plan(cols, depth, tokens)
     assert use is not None
     out = torch.empty(rows, cols, dtype=out_dtype, device=codes.device)
