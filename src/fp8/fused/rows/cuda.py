@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 SOURCE = "fused/rows/rows.cu"
 MOST_ROWS = 64
-SHARED_BY = 8  # blocks of a row longer than `ALONE`; an exponential for each column takes one multiprocessor too long
+SHARED_BY = 8  # blocks of a row longer than `ALONE`, which has an exponential for each column
+FEW = 16  # rows; where there are more, two blocks share one
 ALONE = 8192
 PRODUCERS = {"plain": 0, "norm": 1, "gated": 2, "joined": 3}
 MODES = {"given": 0, "row": 1, "group": 2, "values": 3}
@@ -138,7 +139,8 @@ def _launch(
 ) -> None:
     if not len(x):
         return
-    blocks = SHARED_BY if (cols > ALONE or isinstance(x, Parts)) and producer != "norm" else 1
+    long = isinstance(x, Parts) or (cols > ALONE and producer != "norm")
+    blocks = 1 if not long else SHARED_BY if isinstance(x, Parts) or len(x) <= FEW else 2
     constants = {
         "PRODUCER": PRODUCERS[producer], "MODE": MODES[mode], "POWER": int(power), "COLS": cols, "CLUSTER": blocks,
         "WARPS": min(16, -(-cols // ((256 if isinstance(x, Parts) else 512) * blocks))),
