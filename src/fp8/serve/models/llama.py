@@ -74,6 +74,10 @@ class LlamaBlock(Block):
         self.attention = self.attention_class(weights, f"model.layers.{i}.self_attn", config)
         self.mlp = self.read_mlp(weights, i, config)
 
+    @property
+    def capturable(self) -> bool:
+        return getattr(self.mlp, "capturable", True)
+
     def read_mlp(self, weights: Weights, i: int, config: Architecture) -> nn.Module:
         return MLP(weights, f"model.layers.{i}.mlp", config)
 

@@ -23,7 +23,10 @@ Tables = tuple[Tensor, Tensor]
 class Block(nn.Module):
     """One layer: what an architecture defines."""
 
-    capturable = True  # no shape depends on a value: a CUDA graph can replay it
+    @property
+    def capturable(self) -> bool:
+        """Whether no shape depends on a value, so that a CUDA graph can replay it."""
+        return True
 
     def forward(self, h: Tensor, batch: Batch, pages: LayerPages, rope: Tables, last: Batch | None = None) -> Tensor:
         """The residual stream h [T, hidden], BF16, after this layer; its new keys and values are in `pages`.
