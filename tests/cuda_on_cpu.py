@@ -26,20 +26,24 @@ COPY = "copy_later(to, from, 16, there);"
 READ = "Fragment f; memcpy(f.word, memory + from, 16); return f;"
 BODIES = {
     "shared_address": "return (u32)((u8*)p - memory);",
-    "copy_once": COPY, "copy": COPY, "copy16": COPY, "copy8": "copy_later(to, from, 8, true);",
+    "copy_once": COPY, "copy": COPY, "copy16": COPY, "copy4": "copy_later(to, from, 4, true);",
     "commit": "committed++;",
-    "read": READ, "read16": READ, "read8": "memcpy(&a, memory + from, 4); memcpy(&b, memory + from + 4, 4);",
+    "read": READ, "read16": READ, "read4": "float x; memcpy(&x, memory + from, 4); return x;",
     "widen": "return widened(pair & 255) | widened(pair >> 8 & 255) << 16;",
     "to_f16s": "return f16(low) | f16(high) << 16;",
     "to_bf16": "u32 b = bits_of(x); return x != x ? 0x7FFF : (u16)((b + 0x7FFF + (b >> 16 & 1)) >> 16);",
     "to_codes": "return encoded(first) | encoded(second) << 8;",
     "power": "return exp2f(x);",
+    "transposed": "int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4; u32 y[8];"
+    " for (int i = 0; i < 8; i++) y[i] = from_lane(x, 4 * i + g / 2);"
+    " return (y[2 * q] >> 16 * (g % 2) & 0xFFFF) | y[2 * q + 1] >> 16 * (g % 2) << 16;",
+    "quotient": "return a / b;",
     "bytes_of": "u8 s[8]; memcpy(s, &a, 4); memcpy(s + 4, &b, 4); u32 y = 0;"
     " for (int i = 0; i < 4; i++) y |= (u32)s[which >> 4 * i & 7] << 8 * i; return y;",
 }  # fmt: skip
 MULTIPLY = {
     "matmul/skinny/skinny.cu": "tensor_core(d, a[0], a[1], a[2], a[3], b[0], b[1]);",
-    "attention/paged/decode.cu": "tensor_core(d, a0, 0, a2, 0, b0, b1);",
+    "attention/paged/decode.cu": "tensor_core(d, a0, a1, a2, a3, b0, b1);",
 }
 PRELUDE = r"""
 #include <algorithm>
@@ -54,11 +58,14 @@ using std::min;
 #define __device__
 #define __forceinline__ inline
 #define __global__
+#define __shared__ static
 #define __launch_bounds__(x)
+#define __cluster_dims__(...)
 typedef unsigned int bits32;
 struct Index { bits32 x; };
 struct uint2 { bits32 x, y; };
 struct uint4 { bits32 x, y, z, w; };
+struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 thread_local Index threadIdx, blockIdx;
 Index gridDim;
@@ -66,7 +73,7 @@ alignas(16) unsigned char memory[1 << 18];
 std::unique_ptr<std::barrier<>> whole, of_warp[32];
 void __syncthreads() { whole->arrive_and_wait(); }
 void meet_warp() { of_warp[threadIdx.x / 32]->arrive_and_wait(); }
-void __threadfence() {}
+void __syncwarp() { meet_warp(); }
 template <class To, class From> To as(From x) { To y; memcpy(&y, &x, sizeof y); return y; }
 bits32 bits_of(float x) { return as<bits32>(x); }
 float __uint_as_float(bits32 x) { return as<float>(x); }
@@ -74,15 +81,17 @@ float __int_as_float(int x) { return as<float>(x); }
 bits32 __float_as_uint(float x) { return as<bits32>(x); }
 int __float_as_int(float x) { return as<int>(x); }
 float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+double __fma_rn(double a, double b, double c) { return fma(a, b, c); }
 float __fdiv_rn(float a, float b) { return a / b; }
 float __fmul_rn(float a, float b) { return a * b; }
 float __fsqrt_rn(float a) { return sqrtf(a); }
 uint2 make_uint2(bits32 x, bits32 y) { return {x, y}; }
 uint4 make_uint4(bits32 x, bits32 y, bits32 z, bits32 w) { return {x, y, z, w}; }
+float2 make_float2(float x, float y) { return {x, y}; }
 float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 template <class T> T __ldcg(const T* p) { return *p; }
 template <class T> void __stcg(T* p, T x) { *p = x; }
-int atomicAdd(int* p, int x) { return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST); }
+template <class T> T atomicAdd(T* p, T x) { return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST); }
 
 struct Copy { int group; bits32 to; const void* from; int size; bool there; };
 thread_local std::vector<Copy> pending;
@@ -120,27 +129,32 @@ int __reduce_max_sync(bits32, int x) {
 bool __any_sync(bits32, bool x) { return __reduce_max_sync(~0u, x); }
 
 bits32 f16(float x) { return as<unsigned short>((_Float16)x); }
-float decoded(bits32 code) {  // E4M3
+#if defined(E4M3) && !E4M3
+const bits32 LAST = 0x7B;
+const float LARGEST = 57344.0f;
+float decoded(bits32 code) { return (float)as<_Float16>((unsigned short)(code << 8)); }
+bits32 widened(bits32 code) { return code << 8; }
+#else
+const bits32 LAST = 0x7E;
+const float LARGEST = 448.0f;
+float decoded(bits32 code) {
   int exponent = code >> 3 & 15, fraction = code & 7;
   float x = exponent ? ldexpf(8 + fraction, exponent - 10) : ldexpf(fraction, -9);
   x = (code & 127) == 127 ? NAN : x;
   return code & 128 ? -x : x;
 }
+bits32 widened(bits32 code) { return f16(decoded(code)); }
+#endif
 bits32 encoded(float x) {
   if (x != x) return 0x7F;
   bits32 best = 0;
-  float size = min(fabsf(x), 448.0f);
-  for (bits32 c = 1; c < 127; c++) {
+  float size = min(fabsf(x), LARGEST);
+  for (bits32 c = 1; c <= LAST; c++) {
     float now = fabsf(decoded(c) - size), least = fabsf(decoded(best) - size);
     if (now < least || (now == least && c % 2 == 0)) best = c;
   }
   return best | (std::signbit(x) ? 128 : 0);
 }
-#if defined(E4M3) && !E4M3
-bits32 widened(bits32 code) { return code << 8; }
-#else
-bits32 widened(bits32 code) { return f16(decoded(code)); }
-#endif
 float half_of(bits32 pair, int i) {
   unsigned short half = pair >> 16 * i;
 #if defined(BF16) && BF16
@@ -194,12 +208,12 @@ def why_not() -> str | None:
 def translated(source: str, kernel: str) -> str:
     """The source with plain C++ in the place of assembly."""
     text = (nvrtc.PACKAGE / source).read_text()
-    for name, body in {**BODIES, "multiply": MULTIPLY[source]}.items():
+    for name, body in {**BODIES, "multiply": MULTIPLY.get(source, "")}.items():
         head = re.compile(r"(__device__ __forceinline__ [\w ]*\b" + name + r"\([^{]*\{).*?\n?\}\n", re.S)
         text = head.sub(lambda m, body=body: f"{m[1]} {body} }}\n", text, count=1)
     text = re.sub(r'asm volatile\("cp.async.wait_group %0;" ::"n"\((.*?)\) : "memory"\);', r"wait_for(\1);", text)
     text = re.sub(r"asm volatile\(.*?\);\n", ";\n", text, flags=re.S)
-    assert "wait_for" in text
+    assert "wait_for" in text or "cp.async" not in text
     text = text.replace("u64 policy;", "u64 policy = 0;").replace("extern __shared__ __align__(16) u8 memory[];", "")
     assert "asm" not in re.sub(r"//.*", "", text)
     return PRELUDE + text + MAIN.replace("KERNEL", kernel)

@@ -1,13 +1,16 @@
-"""Rows to codes in one launch: in Triton's interpreter and on a Hopper GPU, as the definition has them."""
+"""Rows to codes in one launch: in Triton's interpreter, with g++ and on a Hopper GPU, as the definition has them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+import cuda_on_cpu
+from fp8 import nvrtc
 from fp8.formats import format_of
-from fp8.fused.rows import Into, reference
+from fp8.fused.rows import Into, cuda, reference
 from fp8.tile import Tile
+from sass import resources
 from triton_interpreter import run_interpreted
 
 triton = pytest.importorskip("fp8.fused.rows.triton")
@@ -29,19 +32,20 @@ def equal(a, b) -> bool:
     )
 
 
-def codes_are_those_of_the_definition(rows: int, cols: int, device: torch.device) -> None:
+def codes_are_those_of_the_definition(rows: int, cols: int, device: torch.device, kernel=triton) -> None:
     torch.manual_seed(0)
     x = (torch.randn(rows, 2 * cols) * torch.randn(rows, 1).exp2()).bfloat16().to(device)
     half, weight = x[:, :cols].contiguous(), (torch.rand(cols) + 0.5).bfloat16().to(device)
     half[0, :2], half[-1, 3] = torch.tensor([float("nan"), float("inf")]), -0.0
     need = reference.gated_values(x).float()
-    assert ((triton.gated_values(x).float() - need).abs() <= 2.0**-7 * need.abs() + 1e-30).all()
+    assert ((kernel.gated_values(x).float() - need).abs() <= 2.0**-7 * need.abs() + 1e-30).all()
     for into in intos(device):
-        assert equal(triton.row_codes(half, into), reference.row_codes(half, into)), into
-        assert equal(
-            triton.norm_codes(half[1:], weight, 1e-5, into), reference.norm_codes(half[1:], weight, 1e-5, into)
-        )
-        found, need = triton.gated_codes(x, into), reference.gated_codes(x, into)
+        if kernel is cuda and into.format.name != "e4m3":
+            continue
+        assert equal(kernel.row_codes(half, into), reference.row_codes(half, into)), into
+        given = weight.float() if kernel is cuda and into.tile.cols else weight
+        assert equal(kernel.norm_codes(half[1:], given, 1e-5, into), reference.norm_codes(half[1:], given, 1e-5, into))
+        found, need = kernel.gated_codes(x, into), reference.gated_codes(x, into)
         assert found.tile == need.tile
         near = (found.dequantize() - need.dequantize()).abs()  # one BF16 unit, and then one step of a code
         step = 2.0 ** -(2 if into.format.name == "e4m3" else 1) * need.dequantize().abs() + 2.0**-6 * need.scale.max()
@@ -52,8 +56,9 @@ def codes_are_those_of_the_definition(rows: int, cols: int, device: torch.device
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "cols"), [(2, 336), (1 + 16, 4096), (3, 14336)])
-def test_codes_on_the_gpu(rows, cols):
-    codes_are_those_of_the_definition(rows, cols, GPU)
+@pytest.mark.parametrize("kernel", [triton, cuda], ids=["triton", "cuda"])
+def test_codes_on_the_gpu(rows, cols, kernel):
+    codes_are_those_of_the_definition(rows, cols, GPU, kernel)
 
 
 def test_codes_in_the_interpreter():
@@ -62,3 +67,17 @@ def test_codes_in_the_interpreter():
         """for rows, cols in ((2, 336), (5, 128)):
     test_rows.codes_are_those_of_the_definition(rows, cols, torch.device("cpu"))""",
     )
+
+
+def test_codes_with_gpp(monkeypatch):
+    if (reason := cuda_on_cpu.why_not()) is not None:
+        pytest.skip(reason)
+    cuda_on_cpu.on_cpu(monkeypatch)
+    codes_are_those_of_the_definition(3, 1160, torch.device("cpu"), cuda)
+
+
+@pytest.mark.skipif(nvrtc.why_not() is not None, reason="NVRTC is not installed")
+@pytest.mark.parametrize("other", [{}, {"COLS": 16384, "WARPS": 16}, {"PRODUCER": 2, "COLS": 14336, "CLUSTER": 8}])
+def test_no_register_is_spilled(other, tmp_path):
+    constants = {"PRODUCER": 1, "MODE": 1, "POWER": 1, "W32": 0, "COLS": 4096, "WARPS": 8, "CLUSTER": 1}
+    assert resources(nvrtc.build(cuda.SOURCE, constants | other, "90"), tmp_path)["STACK"] == 0

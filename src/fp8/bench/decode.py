@@ -1,25 +1,28 @@
 """The kernels of one decode step at the shapes of an 8B model, each against the bytes it must read.
 
-    python -m fp8.bench.decode --out DIR [--variants]
+    python -m fp8.bench.decode --out DIR [--only products attention rows layers plans steps]
 
 **Products.** Every matrix of a layer, and the head, for few rows: our kernels, cuBLASLt (`torch._scaled_mm`, scales a
 row) and BF16 (cuBLAS). A CUDA graph goes through copies of the weight that together exceed the L2 several times, so
 that each read comes from memory; the figure is the median share of a call. `early` is programmatic dependent launch:
-the next product fetches its first weights while this one ends. `norm` makes the norm and the codes of x in the product,
-where K is not too long for that.
+the next product fetches its first weights while this one ends.
 
 **Attention.** A decode step over a paged FP8 cache, 32 query heads, 8 key heads, a scale a token and head.
 
-**A layer.** The four products of a layer, eight layers in a row, in one graph: what the launches cost, with early
-launch and without.
+**Rows.** What a layer does between its products: the norm or the gate, and codes.
 
-The floor is the bytes of weights, or of keys and values, at 4.37 TB/s, which an H200 reads at best. `--variants` times
-other plans than ours.
+**Layers.** Eight layers of four products, each with the row kernel before it, in one graph: what the launches cost.
+
+**Steps.** A whole decode step of a random 8B model with FP8 weights and cache, and the kernels it spends its time in.
+
+The floor is the bytes of weights, or of keys and values, at 4.37 TB/s, which an H200 reads at best. `plans` times other
+plans than ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -29,13 +32,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import triton_launch
 from ..attention.paged import LayerPages
 from ..attention.paged import cuda as paged
 from ..backends import function
+from ..formats import format_of
+from ..fused.rows import Into
+from ..fused.rows import cuda as rows_in_cuda
 from ..matmul.skinny import cuda
 from ..quantize import quantize
 from ..quantize.record import Quantized
 from ..serve.batch import Batch
+from ..serve.models import random_model
+from ..tile import Tile
 from .machine import machine, save
 from .quantize import microseconds
 
@@ -49,6 +58,16 @@ CACHES = ((16, 1024), (64, 1024), (16, 16384), (64, 8192))  # sequences, keys
 E4M3 = torch.float8_e4m3fn
 HEADS, KV, WIDTH, PAGE = 32, 8, 128, 64
 TRITON, PAGED_TRITON = "fp8.matmul.skinny.triton", "fp8.attention.paged.triton"
+ROWS_TRITON = "fp8.fused.rows.triton"
+ROW = Into(format_of("e4m3"), Tile.of("row"))
+STEPS = ((1, 1024), (16, 1024), (64, 1024))  # sequences, keys
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": HEADS, "num_key_value_heads": KV, "head_dim": WIDTH,
+    "vocab_size": 128256, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "bfloat16", "attention_bias": False,
+    "mlp_bias": False,
+}  # fmt: skip
 
 
 def weights(shape: tuple[int, int], fp8: bool) -> list[Any]:
@@ -66,18 +85,8 @@ def products(rows: int, depth: int) -> Iterator[tuple[str, bool, Product]]:
     """(name, whether in FP8, product) of each implementation that takes so many rows."""
     x = torch.randn(rows, depth, device="cuda", dtype=torch.bfloat16)
     codes = quantize(x, "e4m3", "row")
-    for early in (True, False):
-        name = "cuda early" if early else "cuda"
+    for name, early in (("cuda early", True), ("cuda", False)) if rows <= cuda.MOST_ROWS else ():
         yield name, True, lambda w, early=early: cuda.skinny(codes, w, torch.bfloat16, None, None, early=early)
-    if rows <= cuda.MOST_PREPARED:
-        norm = torch.rand(depth, device="cuda").bfloat16(), 1e-5
-
-        def prepared(w: Quantized) -> Tensor:
-            if depth > cuda.LONGEST:
-                return cuda.skinny(codes, w, torch.bfloat16, None, None)
-            return cuda.prepared(x, w, torch.bfloat16, None, None, norm)
-
-        yield "cuda norm", True, prepared
     if find_spec(TRITON) is not None:
         run = function(TRITON, "skinny")
         yield "triton", True, lambda w: run(codes, w, torch.bfloat16, None, None)
@@ -89,7 +98,8 @@ def products(rows: int, depth: int) -> Iterator[tuple[str, bool, Product]]:
             codes.codes, w.codes.t(), codes.scale, w.scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
         ),
     )
-    yield "cuda bf16", False, lambda w: cuda.skinny(x, w, torch.bfloat16, None, None)
+    if rows <= cuda.MOST_ROWS:
+        yield "cuda bf16", False, lambda w: cuda.skinny(x, w, torch.bfloat16, None, None)
     yield "cublas bf16", False, lambda w: torch.nn.functional.linear(x, w)
 
 
@@ -114,23 +124,95 @@ def measure(name: str, shape: tuple[int, int]) -> list[dict[str, Any]]:
     return found
 
 
+def row_kernels(rows: int) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Each implementation's call before each product of a layer."""
+    h, x, weight = (torch.randn(n, device="cuda").bfloat16() for n in ((rows, 4096), (rows, 4096), (4096,)))
+    gate_up = torch.randn(rows, 2 * 14336, device="cuda").bfloat16()
+    made = {"cuda": rows_in_cuda}
+    if find_spec(ROWS_TRITON) is not None:
+        made["triton"] = importlib.import_module(ROWS_TRITON)
+    return {
+        name: {
+            "qkv": lambda k=k: k.norm_codes(h, weight, 1e-5, ROW), "out": lambda k=k: k.row_codes(x, ROW),
+            "gate, up": lambda k=k: k.norm_codes(h, weight, 1e-5, ROW), "down": lambda k=k: k.gated_codes(gate_up, ROW),
+        }
+        for name, k in made.items()
+    }  # fmt: skip
+
+
+def rows_to_codes(rows: int) -> list[dict[str, Any]]:
+    """Microseconds of each row kernel, one after the other; the share means nothing."""
+    return [
+        {"matrix": f"to {place}", "rows": rows, "product": name, "us": timed(lambda _, c=call: c(), [0] * 64),
+         "share": None}
+        for place in ("out", "gate, up", "down") for name, calls in row_kernels(rows).items()
+        for call in (calls[place],)
+    ]  # fmt: skip
+
+
 def layers(rows: int, count: int = 8) -> list[dict[str, Any]]:
-    """Microseconds a layer of its four products in a row."""
-    each = {fp8: {name: weights(shape, fp8)[:count] for name, shape in MATRICES.items()} for fp8 in (True, False)}
-    runs = {name: list(products(rows, depth)) for name, (_, depth) in MATRICES.items()}
+    """Microseconds a layer of its row kernels and products in a row; `ahead` launches Triton's kernels early too."""
+    each = {name: weights(shape, True)[:count] for name, shape in MATRICES.items()}
+    run = {"triton": function(TRITON, "skinny")} if find_spec(TRITON) is not None else {}
+    if rows <= cuda.MOST_ROWS:
+        run["cuda"] = cuda.skinny
     found = []
-    for place, (which, fp8, _) in enumerate(runs["qkv"]):
+    for (of_rows, calls), (of_products, product), ahead in itertools.product(
+        row_kernels(rows).items(), run.items(), (False, True)
+    ):
 
-        def layer(i: int, place: int = place, fp8: bool = fp8) -> None:
-            for name, made in runs.items():
-                copies = each[fp8][name]
-                made[place][2](copies[i % len(copies)])
+        def layer(i: int, calls: Any = calls, product: Any = product) -> None:
+            for name, copies in each.items():
+                product(calls[name](), copies[i % len(copies)], torch.bfloat16, None, None)
 
-        moved = sum(n * k for n, k in MATRICES.values()) * (1 if fp8 else 2)
+        if ahead and of_rows == of_products == "cuda":
+            continue
+        triton_launch.LAUNCH = ahead
         us = timed(layer, list(range(count)))  # type: ignore[arg-type]
-        share = moved / us / 1e-6 / PEAK if isinstance(us, float) else None
-        found.append({"matrix": "a layer", "rows": rows, "product": which, "us": us, "share": share})
+        triton_launch.LAUNCH = False
+        share = sum(n * k for n, k in MATRICES.values()) / us / 1e-6 / PEAK if isinstance(us, float) else None
+        name = f"{of_rows}+{of_products}{' ahead' if ahead else ''}"
+        found.append({"matrix": "a layer", "rows": rows, "product": name, "us": us, "share": share})
     return found
+
+
+# --------------------------------------------------------------------------- a whole step
+
+
+def steps(
+    quantization: str | None = "fp8", kv: str = "fp8", over: tuple[tuple[int, int], ...] = STEPS
+) -> list[dict[str, Any]]:
+    """Microseconds of decode steps of an 8B model; prints them, and the kernels that take the most."""
+    model, found = random_model(LLAMA, device=torch.device("cuda"), quantization=quantization), []
+    for sequences, length in over:
+        for ahead in (False, True):
+            triton_launch.LAUNCH = ahead
+            cache, batch = decode_batch(model, sequences, length, kv)
+            us = timed(lambda _, b=batch, c=cache: model(b, c), [0])
+            triton_launch.LAUNCH = False
+            name = f"{quantization or 'bf16'}+{kv}{' ahead' if ahead else ''}"
+            found.append({"matrix": f"a step, {length}", "rows": sequences, "product": name, "us": us, "share": None})
+        print(table(found[-2:]), "|", hottest(lambda b=batch, c=cache: model(b, c)), flush=True)
+    return found
+
+
+def decode_batch(model: Any, sequences: int, length: int, kv: str) -> tuple[Any, Batch]:
+    width = -(-length // PAGE)
+    cache = model.new_cache(sequences * width, PAGE, kv)
+    pages = torch.arange(sequences * width, device="cuda").int().view(sequences, width)
+    every = torch.arange(sequences + 1, device="cuda")
+    lengths = torch.full((sequences,), length, dtype=torch.int32, device="cuda")
+    slots = pages[:, -1].long() * PAGE + (length - 1) % PAGE
+    return cache, Batch(every[:-1], lengths - 1, slots, every.int(), lengths, pages, every[:-1], True)
+
+
+def hottest(call: Callable[[], Any], most: int = 7) -> str:
+    """The kernels of a call that take the most time: name, launches, microseconds each."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:most]
+    return "; ".join(f"{e.key[:24]} {e.count}x{e.self_device_time_total / e.count:.1f}" for e in events if e.count)
 
 
 # --------------------------------------------------------------------------- attention
@@ -181,19 +263,21 @@ def attention(sequences: int, length: int, others: bool) -> list[dict[str, Any]]
     return found
 
 
-def variants(name: str, shape: tuple[int, int]) -> list[dict[str, Any]]:
-    """Other plans of the CUDA kernel, with early launch."""
-    over, found = weights(shape, True), []
-    for rows, sixteens, warps, stages in itertools.product((1, 16), (1, 2), (8, 16), (3, 4, 6)):
-        use, tokens = cuda.Plan(sixteens, warps, stages), max(8, rows)
-        if use.shared(tokens) > cuda.SHARED:
-            continue
-        codes = quantize(torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16), "e4m3", "row")
-        us = timed(lambda w, c=codes, u=use: cuda.skinny(c, w, torch.bfloat16, None, None, u), over)
-        share = shape[0] * shape[1] / us / 1e-6 / PEAK if isinstance(us, float) else None
-        found.append(
-            {"matrix": name, "rows": rows, "product": f"{sixteens} {warps} {stages}", "us": us, "share": share}
-        )
+def plans(name: str, shape: tuple[int, int], fp8: bool) -> list[dict[str, Any]]:
+    """Other plans of the CUDA kernel, with early launch; ours is marked."""
+    over, found, size = weights(shape, fp8), [], 1 if fp8 else 2
+    for rows in (1, 16):
+        tokens, x = 8 * (1 + rows // 16), torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
+        operand = quantize(x, "e4m3", "row") if fp8 else x
+        for sixteens, stages, keep in itertools.product((2, 3), (2, 3, 4), (False, True)):
+            use = cuda.Plan(sixteens, 16, stages, keep)
+            if use.shared(tokens, shape[1] * size) > cuda.SHARED:
+                continue
+            us = timed(lambda w, x=operand, u=use: cuda.skinny(x, w, torch.bfloat16, None, None, u), over)
+            share = shape[0] * shape[1] * size / us / 1e-6 / PEAK if isinstance(us, float) else None
+            ours = "*" if use == cuda.plan(shape[0], shape[1] * size, tokens) else ""
+            which = f"{ours}{sixteens}x{stages}{' keep' if keep else ''}"
+            found.append({"matrix": name, "rows": rows, "product": which, "us": us, "share": share})
     return found
 
 
@@ -201,19 +285,17 @@ def table(found: list[dict[str, Any]]) -> str:
     """A line for each matrix and number of rows: microseconds, and the share of the floor's speed."""
     lines = []
     for (name, rows), group in itertools.groupby(found, lambda row: (row["matrix"], row["rows"])):
-        cells = [
-            f"{row['product']} {row['us']:.1f} ({row['share']:.0%})"
-            if row["share"]
-            else f"{row['product']} {row['us']}"
-            for row in group
-        ]
-        lines.append(f"{name:9}{rows:3}  " + "  ".join(cells))
+        lines.append(f"{name:9}{rows:3}  " + "  ".join(map(cell, group)))
     return "\n".join(lines)
 
 
 def cell(row: dict[str, Any]) -> str:
     """One implementation's figures, or what it said."""
-    return f"{row['product']} " + (f"{row['us']:.1f} ({row['share']:.0%})" if row["share"] else str(row["us"]))
+    return f"{row['product']} " + (
+        f"{row['us']:.1f}" + (f" ({row['share']:.0%})" if row["share"] else "")
+        if isinstance(row["us"], float)
+        else str(row["us"])
+    )
 
 
 def best(found: list[dict[str, Any]], most: int = 4) -> list[dict[str, Any]]:
@@ -224,34 +306,31 @@ def best(found: list[dict[str, Any]], most: int = 4) -> list[dict[str, Any]]:
     return kept
 
 
+SECTIONS: dict[str, Callable[[], Iterator[list[dict[str, Any]]]]] = {
+    "products": lambda: (measure(name, shape) for name, shape in (MATRICES | HEAD).items()),
+    "attention": lambda: (attention(*cache, False) for cache in CACHES),
+    "rows": lambda: (rows_to_codes(rows) for rows in (1, 16, 64)),
+    "layers": lambda: (layers(rows) for rows in (1, 16, 64)),
+    "plans": lambda: (plans(name, shape, fp8) for fp8 in (True, False) for name, shape in MATRICES.items()),
+    "steps": lambda: (run() for run in (steps, lambda: steps(None, "bf16", STEPS[:1]))),
+}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """See the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="bench/results", help="folder for decode.json")
-    parser.add_argument("--variants", action="store_true", help="other plans too")
+    parser.add_argument("--only", nargs="+", default=list(SECTIONS), choices=SECTIONS, help="what to measure")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     print(json.dumps(machine()), flush=True)
     print("microseconds a call (share of 4.37 TB/s)")
     found: list[dict[str, Any]] = []
-    for name, shape in (MATRICES | HEAD).items():
-        found += (some := measure(name, shape))
-        print(table(some), flush=True)
-        torch.cuda.empty_cache()
-    for sequences, length in CACHES:
-        some = attention(sequences, length, options.variants)
-        found += some
-        print(table(some[:3]), "| best:", table(best(some[3:], 2)), flush=True)
-        torch.cuda.empty_cache()
-    for rows in (1, 16):
-        found += (some := layers(rows))
-        print(table(some), flush=True)
-        torch.cuda.empty_cache()
-    if options.variants:
-        print("plans: sixteens of rows, warps, stages")
-        for name, shape in MATRICES.items():
-            found += (some := variants(name, shape))
-            print(table(best(some)), flush=True)
+    for name in options.only:
+        for part in SECTIONS[name]():
+            found += part
+            if name != "steps":
+                print(table(best(part) if name == "plans" else part), flush=True)
             torch.cuda.empty_cache()
     print(save(options.out, "decode", found))
 

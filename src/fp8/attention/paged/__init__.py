@@ -1,7 +1,8 @@
 """Attention over a cache in pages, which many sequences share: the doors.
 
 `pages.py` is the memory, `rows.py` what is asked; `reference.py` is the definition of both operations, `triton.py`
-writes the same bytes and reads within a stated bound; `chunks.py` takes long chunks of prompts to cuDNN.
+writes the same bytes and reads within a stated bound; `cuda.py` and `decode.cu` do a decode step over an FP8 cache;
+`chunks.py` takes long chunks of prompts to cuDNN.
 """
 
 from __future__ import annotations
@@ -11,13 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...backends import Backend, choose, why_not_triton
+from ...backends import Backend, choose, function, why_not_cuda, why_not_triton
 from ...errors import ShapeError, TensorError
+from ...fused.rows import Into, row_codes
+from ...quantize.record import Quantized
 from . import chunks
 from .pages import PAGED_DTYPES, LayerPages, PagedCache
 from .rows import Chunk, Rows
 
-__all__ = ["BACKENDS", "PAGED_DTYPES", "READERS", "Chunk", "LayerPages", "PagedCache", "Rows", "attend", "rope_write"]
+__all__ = [
+    "BACKENDS", "PAGED_DTYPES", "READERS", "Chunk", "LayerPages", "PagedCache", "Rows", "attend", "rope_attend",
+    "rope_write",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,23 @@ class Request:
         return self.q.device
 
 
+def _decoded(q: Tensor, heads: int, layer: LayerPages, batch: Rows) -> str | None:
+    """Why the decode kernel in CUDA does not take this; None when it does."""
+    reason = why_not_cuda(q.device)
+    return reason or function("fp8.attention.paged.cuda", "why_not")(len(q), heads, layer, batch)
+
+
 BACKENDS = (
     Backend("triton", "a Hopper GPU and Triton", lambda x: why_not_triton(x.device), "fp8.attention.paged.triton"),
     Backend("reference", "nothing", lambda x: None, "fp8.attention.paged.reference"),
 )
 READERS = (
+    Backend(
+        "cuda",
+        "a Hopper GPU and NVRTC; decode",
+        lambda x: _decoded(x.q, x.q.shape[1], x.layer, x.batch),
+        "fp8.attention.paged.cuda",
+    ),
     Backend(
         "chunks",
         "a Hopper GPU and Triton; for long chunks cuDNN",
@@ -94,3 +112,21 @@ def attend(q: Tensor, layer: LayerPages, batch: Rows, scale: float) -> Tensor:
             f"attend takes [T, H, {layer.head_dim}] with H a multiple of {layer.num_kv_heads}, not {list(q.shape)}."
         )
     return choose("attend", READERS, Request(q, layer, batch)).run(q, layer, batch, scale)
+
+
+def rope_attend(
+    qkv: Tensor, positions: Tensor, slots: Tensor, layer: LayerPages, rope: tuple[Tensor, Tensor], batch: Rows,
+    scale: float, norms: tuple[Tensor, Tensor, float] | None = None, into: Into | None = None,
+) -> Tensor | Quantized:  # fmt: skip
+    """`attend` of `rope_write`, `[T, H * D]`, or the codes of that: two launches for a decode step on a GPU.
+
+    norms   `q_norm`, `k_norm` and `eps` of `rope_write`
+    into    how the result is quantized; None: it stays in BF16
+    """
+    heads = qkv.shape[1] // layer.head_dim - 2 * layer.num_kv_heads
+    if norms is None and _decoded(qkv, heads, layer, batch) is None and (into is None or into.joinable):
+        run = function("fp8.attention.paged.cuda", "rope_attend")
+        return run(qkv, positions, slots, layer, rope, batch, scale, into)
+    q = rope_write(qkv, positions, slots, layer, rope, *(norms or ()))
+    y = attend(q, layer, batch, scale)
+    return y if into is None else row_codes(y, into)

@@ -1,25 +1,40 @@
 // Decode attention over pages of FP8 keys and values: one query row a sequence, a stream of codes past the tensor core.
 //
-// An item is PART positions of one sequence and key head; block b takes the items b, b + blocks, ... Within an item warp
-// v takes the tiles v, v + WARPS, ... of 16 keys. A tile never straddles a page. Who computes an item is chance, what is
-// computed is not: tiles, their order, and the order in which warps and then items are joined depend on positions alone.
-// The last block to finish an item of a sequence and head (a ticket) joins them all, in ascending order.
+// An item is one partition of one sequence and key head: PART positions, or FEW where the sequence has at most SHORT, so
+// that a short one is still spread over the GPU. Block b takes the items b, b + blocks, ... Within an item warp v takes
+// the tiles v, v + WARPS, ... of 16 keys. A tile never straddles a page. Who computes an item is chance, what is computed
+// is not: partitions, tiles, and the order in which warps and then partitions are joined depend on the sequence's length
+// and positions alone. What makes codes of the rows of out joins the partitions first (fused/rows). (Letting the last
+// block join by a ticket was three times as slow: a fence of the whole GPU costs it 20 ns, whoever else could be working.)
 //
-// Both products use m16n8k16 with F16 operands and FP32 sums; codes are F16 numbers. Queries of the group are the 16
-// rows (8 at most are real): scores [heads, keys] = q K^T, out [heads, D] = P V. Columns of D may come in any order, if
-// both operands keep to it, and lane (g, q) reads what itself multiplies, 16 bytes at a time:
+// Both products use m16n8k16 with F16 operands and FP32 sums; codes are F16 numbers. Keys, and channels of values, are
+// the 16 rows; the group's queries, 8 at most, are the columns:
 //
-//    K     row g of each 8 keys, bytes 16 q of each 64: word j is for instruction j
-//    V     rows 2q, 2q + 1, 2q + 8, 2q + 9, bytes 16 g: byte t of two rows, side by side, is column g of instruction t
+//    scores [keys, heads] = K q^T          lane (g, q) has keys g and g + 8 of heads 2q and 2q + 1
+//    out    [D, heads]   += V^T P^T        the weights change places by movmatrix, 8 x 8 at a time
 //
-// so that between memory and tensor core there is a ring in shared memory for each lane alone (cp.async), conversion,
-// and no barrier. q is brought into F16's range by a power of two: what it loses lies 2^-38 below the row's largest.
-// Weights are F16 up to 2^15, 2^-11 of themselves. A scale a token (a power of two, by law) multiplies scores, and the
-// one of values joins its weight in the exponent: weights w = 2^(t + log2 s) and their maximum are kept beside those of
-// the denominator, 2^t.
+// Columns of K may come in any order, if q keeps to it, and rows of V^T too. So a lane copies what itself multiplies, 16
+// bytes at a time:
+//
+//    K     keys g and g + 8, bytes 16 q of each 64: word j is for instruction j
+//    V     keys 2q, 2q + 1, 2q + 8, 2q + 9, bytes 16 g: bytes t of two keys side by side are channel 16 g + t, row g of
+//          instruction t / 2 for even t, row g + 8 for odd t
+//
+// Between memory and tensor core there is a ring in shared memory for each lane alone (cp.async), conversion, and no
+// barrier. The first tiles, but for the newest key, are asked for before the kernel before has ended.
+//
+// q is brought into F16's range by a power of two: what it loses lies 2^-38 below the row's largest. With t = log2(e)
+// scale q k, a warp keeps for each head a reference and a power of two c, and has p = 2^(t - reference) for the
+// denominator and w = p s c, s the value's scale, rounded to F16, for the numerator. Both are chosen by the first tile,
+// so that its largest p is 1 and its largest w at least 2^12, and again only where a w would exceed 2^15 or a p 2^64:
+// the maximum over a tile, five shuffles a head, is then rarely needed.
+//
+// With TURN the kernel before made the joined product of queries, keys and values: who needs a query turns it by its
+// position's angles, and the warp whose tile holds the newest position first turns its key, makes the codes of both, and
+// stores them. Bytes are those of `rope_write`.
 //
 // What is compiled in: GROUP query heads a key head (8 at most), E4M3, DYNAMIC (a scale a token) or one a head, PAGE,
-// PART, WARPS, STAGES. D is 128.
+// PART, FEW, SHORT, WARPS, STAGES, TURN. D is 128.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -29,21 +44,21 @@ typedef unsigned long long u64;
 #define D 128
 #define TILE 16
 #define THREADS (32 * WARPS)
-#define STEPS (PART / TILE / WARPS)
-#define LANE (8 * 16 + (DYNAMIC ? 4 * 8 : 0))  // bytes of a lane and step
-#define HEADROOM 15.0f
+#define STAGE (8 * 16 * 32 + (DYNAMIC ? 128 : 0))  // bytes of a warp and step
 #define NONE (-__int_as_float(0x7F800000))
 
 struct Operands {
-  const u16* q;                       // BF16 [S, KV * GROUP, D]
-  const u8 *keys, *values;            // [pages, KV, PAGE, D]
-  const float *key_scale, *value_scale;  // [pages, KV, PAGE], or [KV]
-  const int *pages, *lengths;         // [S, width], [S]
-  u16* out;                           // BF16 [S, KV * GROUP, D]
-  float *products, *stats;            // [S, KV, parts, GROUP, D], [S, KV, parts, GROUP, 4]
-  int* tickets;                       // [S, KV], zeros before and after
+  const u16* q;                          // BF16 [S, KV * GROUP, D], or with TURN [S, KV * GROUP + 2 KV, D]
+  u8 *keys, *values;                     // [pages, KV, PAGE, D]
+  float *key_scale, *value_scale;        // [pages, KV, PAGE], or [KV]
+  const int *pages, *lengths;            // [S, width], [S]
+  float *products, *stats;               // [S, KV, parts, GROUP, D], [S, KV, parts, GROUP, 2]
+  const int* positions;                  // [S], and the angles of each, FP32 [positions, D / 2]
+  const float *cos, *sin;
+  const long long* slots;                // [S]: where the newest keys and values go
+  u64* saturated;                        // elements that a static scale clipped
   int sequences, kv, width, parts;
-  float scale;                        // of q k, times log2(e)
+  float scale;                           // of q k, times log2(e)
 };
 
 struct Fragment {
@@ -57,8 +72,8 @@ __device__ __forceinline__ void copy16(u32 to, const u8* from, bool there) {
                : "memory");
 }
 
-__device__ __forceinline__ void copy8(u32 to, const float* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+__device__ __forceinline__ void copy4(u32 to, const float* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -72,8 +87,10 @@ __device__ __forceinline__ Fragment read16(u32 from) {
   return f;
 }
 
-__device__ __forceinline__ void read8(u32 from, float& a, float& b) {
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(a), "=f"(b) : "r"(from) : "memory");
+__device__ __forceinline__ float read4(u32 from) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from) : "memory");
+  return x;
 }
 
 // Two codes to two F16 numbers.
@@ -93,11 +110,18 @@ __device__ __forceinline__ u32 to_f16s(float low, float high) {
   return two;
 }
 
-// d += a b with rows 8 to 15 of a zero.
-__device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a2, u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
+// d += a b.
+__device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// An 8 x 8 matrix of 16-bit numbers, of which lane (g, q) has row g, columns 2q and 2q + 1: rows become columns.
+__device__ __forceinline__ u32 transposed(u32 x) {
+  u32 y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
 }
 
 __device__ __forceinline__ float power(float x) {
@@ -120,26 +144,43 @@ __device__ __forceinline__ u16 to_bf16(float x) {
   return bits;
 }
 
-// The largest, or the sum, of the four lanes of a row.
+__device__ __forceinline__ u16 to_codes(float first, float second) {
+  u16 pair;
+#if E4M3
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
+#else
+  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
+#endif
+  return pair;
+}
+
+__device__ __forceinline__ float rounded(float x) { return from_bf16(to_bf16(x)); }
+
+// Over the eight lanes of a column: the largest, the sum.
 __device__ __forceinline__ float largest(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
+#pragma unroll
+  for (int step = 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
+  return x;
 }
 
 __device__ __forceinline__ float sum(float x) {
-  x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
-  return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
+#pragma unroll
+  for (int step = 4; step < 32; step *= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
+  return x;
 }
 
-__device__ __forceinline__ int parts_of(int length) { return (length + PART - 1) / PART; }
+__device__ __forceinline__ int part_of(int length) { return length <= SHORT ? FEW : PART; }
 
-// An item and a step in it. `ends[s]` is the number of parts of the sequences up to s.
+__device__ __forceinline__ int parts_of(int length) { return (length + part_of(length) - 1) / part_of(length); }
+
+// An item and a step in it. `ends[s]` is the number of partitions of the sequences up to s.
 struct Place {
-  int item, step, sequence, head, part, length, steps;
+  int item, step, sequence, head, part, length, first, last, steps;  // positions first to last - 1
+  int page;                                                          // lane i: page i of these
 
-  __device__ __forceinline__ void find(const Operands& o, const int* ends, int wanted) {
+  __device__ __forceinline__ void find(const Operands& o, const int* ends, int items, int wanted, int lane) {
     item = wanted, step = 0;
-    if (item >= ends[o.sequences - 1] * o.kv) return;
+    if (item >= items) return;
     int of_all = item / o.kv, low = 0, high = o.sequences - 1;
     head = item % o.kv;
     while (low < high) {
@@ -149,210 +190,282 @@ struct Place {
       else
         low = middle + 1;
     }
-    sequence = low, length = o.lengths[low];
-    part = of_all - (low ? ends[low - 1] : 0);
-    steps = (min(length - part * PART, PART) + TILE * WARPS - 1) / (TILE * WARPS);
+    sequence = low, part = of_all - (low ? ends[low - 1] : 0);
+    length = o.lengths[low];
+    int size = part_of(length);
+    first = part * size, last = min(length, first + size);
+    steps = (last - first + TILE * WARPS - 1) / (TILE * WARPS);
+    int number = first / PAGE + lane;
+    page = number * PAGE < last ? o.pages[(u64)sequence * o.width + number] : 0;
   }
 
-  __device__ __forceinline__ void next(const Operands& o, const int* ends) {
-    if (++step == steps) find(o, ends, item + gridDim.x);
+  __device__ __forceinline__ void next(const Operands& o, const int* ends, int items, int lane) {
+    if (++step == steps) find(o, ends, items, item + gridDim.x, lane);
   }
+
+  __device__ __forceinline__ int tile(int warp) const { return first + (step * WARPS + warp) * TILE; }
 };
 
-struct Row {  // what a warp knows of an item's queries: lane (g, q) of head g
-  u32 q[8][2];
-  float factor;
+struct State {  // lane (g, q): of heads 2q and 2q + 1
+  float reference[2], unit[2], total[2], out[8][4];
 };
 
-struct State {
-  float top, top_v, total, out[16][4];  // of 2^t, of 2^(t + log2 s), sum of 2^(t - top), sum of 2^(t + ... - top_v) v
-};
+#if TURN
+__device__ __forceinline__ void turn(float& first, float& second, float cos, float sin) {
+  float turned = rounded(first * cos - second * sin);
+  second = rounded(second * cos + first * sin), first = turned;
+}
+
+// Codes of a lane's four numbers of a head, x[0] and x[1] at 2 * lane, the others D / 2 further: `row` of the pages.
+__device__ __forceinline__ void store(const Operands& o, const float (&x)[4], u8* codes, float* scales, u64 row, int head,
+                                      int lane) {
+  float scale, v[4];
+#if DYNAMIC
+  int key = 0x00800000;  // of the amax: FP32 bits + 0x00800000; Inf and NaN are negative
+#pragma unroll
+  for (int i = 0; i < 4; i++) key = max(key, (int)((__float_as_uint(x[i]) & 0x7FFFFFFFu) + 0x00800000u));
+  int amax = __reduce_max_sync(0xFFFFFFFFu, key) - 0x00800000;
+  int bits = amax ? max(((amax + 0x1FFFFF) & 0x7F800000) - ((E4M3 ? 8 : 15) << 23), 1 << 23) : 0x3F800000;
+  scale = __int_as_float(bits);
+  if (lane == 0) scales[row] = scale;
+  float factor = __int_as_float(bits == 0x7F000000 ? 1 << 22 : 0x7F000000 - bits);
+#else
+  scale = scales[head];
+#endif
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    bool finite = (__float_as_uint(x[i]) & 0x7FFFFFFFu) < 0x7F800000u;
+#if DYNAMIC
+    v[i] = x[i] * factor;
+#else
+    v[i] = __fdiv_rn(x[i], scale);
+    if (finite && fabsf(v[i]) > (E4M3 ? 448.0f : 57344.0f)) atomicAdd(o.saturated, 1ull);
+#endif
+    if (E4M3) v[i] = __fmaf_rn(x[i], 0.0f, v[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    u32 pair = to_codes(v[2 * i], v[2 * i + 1]);
+    if (!E4M3)
+#pragma unroll
+      for (int j = 0; j < 2; j++)
+        if (fabsf(x[2 * i + j]) == -NONE) pair = (pair & ~(0x7Fu << 8 * j)) | 0x7Cu << 8 * j;
+    *(u16*)(codes + row * D + 64 * i + 2 * lane) = pair;
+  }
+}
+
+// The newest key and value of a sequence and head, to their slot.
+__device__ __forceinline__ void store_newest(const Operands& o, const Place& at, int lane) {
+  long long slot = o.slots[at.sequence];
+  if (slot < 0) return;
+  u64 row = ((u64)(slot / PAGE) * o.kv + at.head) * PAGE + slot % PAGE;
+  const u16* from = o.q + ((u64)at.sequence * (GROUP + 2) * o.kv + GROUP * o.kv + at.head) * D + 2 * lane;
+  float x[2][4];
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      u32 pair = *(const u32*)(from + i * o.kv * D + 64 * j);
+      x[i][2 * j] = from_bf16(pair & 0xFFFF), x[i][2 * j + 1] = from_bf16(pair >> 16);
+    }
+  u64 angle = (u64)o.positions[at.sequence] * (D / 2) + 2 * lane;
+#pragma unroll
+  for (int i = 0; i < 2; i++) turn(x[0][i], x[0][2 + i], o.cos[angle + i], o.sin[angle + i]);
+  store(o, x[0], o.keys, o.key_scale, row, at.head, lane);
+  store(o, x[1], o.values, o.value_scale, row, at.head, lane);
+  __syncwarp();
+}
+#endif
 
 __device__ __forceinline__ void fetch(const Operands& o, const Place& at, u32 ring, int warp, int lane) {
-  int first = at.part * PART + (at.step * WARPS + warp) * TILE, g = lane / 4, q = lane % 4;
-  if (first >= at.length) return;
-  int page = o.pages[at.sequence * o.width + first / PAGE];
+  int first = at.tile(warp), g = lane / 4, q = lane % 4;
+  if (first >= at.last) return;
+#if TURN
+  if (first + TILE >= at.length) store_newest(o, at, lane);
+#endif
+  int page = __shfl_sync(0xFFFFFFFFu, at.page, first / PAGE - at.first / PAGE);
   u64 row = ((u64)page * o.kv + at.head) * PAGE + first % PAGE;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     int key = 8 * (i / 2) + g;
-    copy16(ring + i * 512, o.keys + (row + key) * D + 64 * (i % 2) + 16 * q, first + key < at.length);
+    copy16(ring + i * 512 + lane * 16, o.keys + (row + key) * D + 64 * (i % 2) + 16 * q, first + key < at.last);
   }
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     int key = 8 * (i / 2) + 2 * q + i % 2;
-    copy16(ring + (4 + i) * 512, o.values + (row + key) * D + 16 * g, first + key < at.length);
+    copy16(ring + (4 + i) * 512 + lane * 16, o.values + (row + key) * D + 16 * g, first + key < at.last);
   }
 #if DYNAMIC
-  u32 scales = ring + 8 * 512 - 8 * lane;  // the lane's 8 bytes of each of four rows
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    copy8(scales + i * 256, o.key_scale + row + 8 * i + 2 * q);
-    copy8(scales + (2 + i) * 256, o.value_scale + row + 8 * i + 2 * q);
-  }
+  copy4(ring + 8 * 512 + lane * 4, (lane < 16 ? o.key_scale : o.value_scale) + row + lane % 16);
 #endif
 }
 
-__device__ __forceinline__ Row queries(const Operands& o, const Place& at, int lane) {
-  Row r;
+// Whether all keys of a warp's tile were there before this step: the kernel before, which stores the newest, is not waited
+// for.
+__device__ __forceinline__ bool old(const Place& at, int warp) { return at.tile(warp) + TILE < at.length; }
+
+struct Queries {  // lane (g, q): of head g what K's bytes of this lane meet; the factors of the scores of heads 2q, 2q + 1
+  u32 word[8][2];
+  float factor[2];
+};
+
+__device__ __forceinline__ Queries queries(const Operands& o, const Place& at, int lane) {
+  Queries r;
   int g = lane / 4, q = lane % 4;
-  const u16* from = o.q + ((u64)(at.sequence * o.kv + at.head) * GROUP + (g < GROUP ? g : 0)) * D + 16 * q;
-  u32 words[8][2];
-  float most = 0.0f;
+  u64 head = (u64)at.sequence * (GROUP + 2 * TURN) * o.kv + at.head * GROUP + (g < GROUP ? g : 0);
+  const u16* from = o.q + head * D + 16 * q;
+  float x[8][4], most = 0.0f;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     uint2 pair = *(const uint2*)(from + 64 * (i / 4) + 4 * (i % 4));
-    words[i][0] = pair.x, words[i][1] = pair.y;
-#pragma unroll
-    for (int j = 0; j < 2; j++)
-      most = fmaxf(most, fmaxf(fabsf(from_bf16(words[i][j] & 0xFFFF)), fabsf(from_bf16(words[i][j] >> 16))));
+    x[i][0] = from_bf16(pair.x & 0xFFFF), x[i][1] = from_bf16(pair.x >> 16);
+    x[i][2] = from_bf16(pair.y & 0xFFFF), x[i][3] = from_bf16(pair.y >> 16);
   }
-  int exponent = max((int)(__float_as_uint(largest(most)) >> 23) - 127, -100);
+#if TURN
+  u64 angle = (u64)o.positions[at.sequence] * (D / 2) + 16 * q;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    float4 c = *(const float4*)(o.cos + angle + 4 * i), s = *(const float4*)(o.sin + angle + 4 * i);
+    turn(x[i][0], x[4 + i][0], c.x, s.x), turn(x[i][1], x[4 + i][1], c.y, s.y);
+    turn(x[i][2], x[4 + i][2], c.z, s.z), turn(x[i][3], x[4 + i][3], c.w, s.w);
+  }
+#endif
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) most = fmaxf(most, fabsf(x[i][e]));
+  most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, 1));
+  most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, 2));
+  int exponent = max((int)(__float_as_uint(most) >> 23) - 127, -100);
   float up = __uint_as_float((u32)(127 + 14 - exponent) << 23), down = __uint_as_float((u32)(127 - 14 + exponent) << 23);
 #pragma unroll
   for (int i = 0; i < 8; i++)
 #pragma unroll
-    for (int j = 0; j < 2; j++)
-      r.q[i][j] = g < GROUP ? to_f16s(from_bf16(words[i][j] & 0xFFFF) * up, from_bf16(words[i][j] >> 16) * up) : 0;
-  r.factor = o.scale * down;
-  if (!DYNAMIC) r.factor *= o.key_scale[at.head];
+    for (int j = 0; j < 2; j++) r.word[i][j] = g < GROUP ? to_f16s(x[i][2 * j] * up, x[i][2 * j + 1] * up) : 0;
+  float factor = o.scale * down;
+  if (!DYNAMIC) factor *= o.key_scale[at.head];
+#pragma unroll
+  for (int e = 0; e < 2; e++) r.factor[e] = __shfl_sync(0xFFFFFFFFu, factor, 4 * (2 * q + e));
   return r;
 }
 
 __device__ __forceinline__ void clear(State& s) {
-  s.top = s.top_v = NONE, s.total = 0.0f;
 #pragma unroll
-  for (int t = 0; t < 16; t++)
+  for (int e = 0; e < 2; e++) s.reference[e] = NONE, s.unit[e] = 1.0f, s.total[e] = 0.0f;
+#pragma unroll
+  for (int t = 0; t < 8; t++)
 #pragma unroll
     for (int e = 0; e < 4; e++) s.out[t][e] = 0.0f;
 }
 
+// New references and units, from a tile's scores t and the scales of its values: t[i] is of key g + 8 (i / 2), head
+// 2q + i % 2.
+__device__ __forceinline__ void refer(State& s, const float (&t)[4], const float (&scale)[2]) {
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    float now = fmaxf(s.reference[e], largest(fmaxf(t[e], t[2 + e]))), fade = power(s.reference[e] - now);
+    float most = largest(fmaxf(power(t[e] - now) * scale[0], power(t[2 + e] - now) * scale[1]));
+    bool begun = s.reference[e] != NONE;
+    if (begun) most = fmaxf(most, fade * 4096.0f / s.unit[e]);
+    float unit = __uint_as_float((u32)min(max(127 + 12 + 127 - (int)(__float_as_uint(most) >> 23), 1), 254) << 23);
+    float again = begun ? fade * (unit / s.unit[e]) : 0.0f;
+    s.reference[e] = now, s.unit[e] = unit, s.total[e] *= fade;
+#pragma unroll
+    for (int i = 0; i < 8; i++) s.out[i][e] *= again, s.out[i][2 + e] *= again;
+  }
+}
+
 // A tile of 16 keys, `first` to `first` + 15.
-__device__ __forceinline__ void meet(State& s, const Row& r, u32 ring, int first, int length, int lane) {
-  float score[2][4] = {}, of_key[2][2], of_value[2][2], t[2][2], u[2][2];
+__device__ __forceinline__ void meet(State& s, const Queries& r, u32 ring, int first, int last, int lane) {
+  float score[2][4] = {}, t[4], p[4], w[4], of_value[2] = {1.0f, 1.0f};
 #pragma unroll
-  for (int n = 0; n < 2; n++)
+  for (int c = 0; c < 2; c++) {
+    Fragment low = read16(ring + c * 512 + lane * 16), high = read16(ring + (2 + c) * 512 + lane * 16);
 #pragma unroll
-    for (int c = 0; c < 2; c++) {
-      Fragment k = read16(ring + (2 * n + c) * 512);
+    for (int j = 0; j < 4; j++)
+      multiply(score[c], widen(low.word[j] & 0xFFFF), widen(high.word[j] & 0xFFFF), widen(low.word[j] >> 16),
+               widen(high.word[j] >> 16), r.word[4 * c + j][0], r.word[4 * c + j][1]);
+  }
 #pragma unroll
-      for (int j = 0; j < 4; j++)
-        multiply(score[n], r.q[4 * c + j][0], r.q[4 * c + j][1], widen(k.word[j] & 0xFFFF), widen(k.word[j] >> 16));
-    }
+  for (int i = 0; i < 4; i++) t[i] = (score[0][i] + score[1][i]) * r.factor[i % 2];
 #if DYNAMIC
-  u32 scales = ring + 8 * 512 - 8 * lane;
+  u32 scales = ring + 8 * 512 + lane / 4 * 4;
 #pragma unroll
   for (int n = 0; n < 2; n++) {
-    read8(scales + n * 256, of_key[n][0], of_key[n][1]);
-    read8(scales + (2 + n) * 256, of_value[n][0], of_value[n][1]);
+    float of_key = read4(scales + 32 * n);
+    of_value[n] = first + 8 * n + lane / 4 < last ? read4(scales + 64 + 32 * n) : 0.0f;
+    t[2 * n] *= of_key, t[2 * n + 1] *= of_key;
   }
 #endif
-  float most = NONE, most_v = NONE;
+  if (first + TILE > last)
 #pragma unroll
-  for (int n = 0; n < 2; n++)
+    for (int i = 0; i < 4; i++)
+      if (first + 8 * (i / 2) + lane / 4 >= last) t[i] = NONE;
+  bool fits = true;
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
-      bool seen = first + 8 * n + lane % 4 * 2 + e < length;
-      float x = score[n][e] * r.factor;
-      if (DYNAMIC) x *= of_key[n][e];
-      t[n][e] = seen ? x : NONE;
-      u[n][e] = DYNAMIC ? t[n][e] + (float)((int)(__float_as_uint(of_value[n][e]) >> 23) - 127) : t[n][e];
-      most = fmaxf(most, t[n][e]), most_v = fmaxf(most_v, u[n][e]);
-    }
-  float top = fmaxf(s.top, largest(most)), top_v = DYNAMIC ? fmaxf(s.top_v, largest(most_v)) : top;
-  float fade = power(s.top - top), fade_v = DYNAMIC ? power(s.top_v - top_v) : fade, total = 0.0f;
-  u32 weights[2];
-#pragma unroll
-  for (int n = 0; n < 2; n++) {
-    total += power(t[n][0] - top) + power(t[n][1] - top);
-    weights[n] = to_f16s(power(u[n][0] - top_v + HEADROOM), power(u[n][1] - top_v + HEADROOM));
+  for (int i = 0; i < 4; i++) {
+    p[i] = power(t[i] - s.reference[i % 2]), w[i] = p[i] * (of_value[i / 2] * s.unit[i % 2]);
+    fits = fits && w[i] <= 32768.0f && p[i] <= 18446744073709551616.0f;
   }
-  s.total = s.total * fade + total;
-  if (__any_sync(0xFFFFFFFFu, fade_v != 1.0f))
+  if (__any_sync(0xFFFFFFFFu, !fits)) {
+    refer(s, t, of_value);
 #pragma unroll
-    for (int i = 0; i < 16; i++) s.out[i][0] *= fade_v, s.out[i][1] *= fade_v;
-  s.top = top, s.top_v = top_v;
+    for (int i = 0; i < 4; i++)
+      p[i] = power(t[i] - s.reference[i % 2]), w[i] = p[i] * (of_value[i / 2] * s.unit[i % 2]);
+  }
+#pragma unroll
+  for (int e = 0; e < 2; e++) s.total[e] += p[e] + p[2 + e];
+  u32 low = transposed(to_f16s(w[0], w[1])), high = transposed(to_f16s(w[2], w[3]));
   Fragment v[4];
 #pragma unroll
-  for (int i = 0; i < 4; i++) v[i] = read16(ring + (4 + i) * 512);
+  for (int i = 0; i < 4; i++) v[i] = read16(ring + (4 + i) * 512 + lane * 16);
 #pragma unroll
-  for (int j = 0; j < 4; j++)
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      u32 low = bytes_of(v[0].word[j], v[1].word[j], h ? 0x7362 : 0x5140);
-      u32 high = bytes_of(v[2].word[j], v[3].word[j], h ? 0x7362 : 0x5140);
-      multiply(s.out[4 * j + 2 * h], weights[0], weights[1], widen(low & 0xFFFF), widen(high & 0xFFFF));
-      multiply(s.out[4 * j + 2 * h + 1], weights[0], weights[1], widen(low >> 16), widen(high >> 16));
-    }
+  for (int j = 0; j < 8; j++) {
+    u32 which = j % 2 ? 0x7362 : 0x5140;
+    u32 a = bytes_of(v[0].word[j / 2], v[1].word[j / 2], which), b = bytes_of(v[2].word[j / 2], v[3].word[j / 2], which);
+    multiply(s.out[j], widen(a & 0xFFFF), widen(a >> 16), widen(b & 0xFFFF), widen(b >> 16), low, high);
+  }
 }
 
 struct Meeting {  // of the warps of a block
-  float out[WARPS][GROUP][D], top[WARPS][8], top_v[WARPS][8], total[WARPS][8];
-  int last;
+  float out[WARPS][GROUP][D], reference[WARPS][8], total[WARPS][8];
 };
 
 __device__ __forceinline__ void leave(const State& s, Meeting& m, int warp, int lane) {
   int g = lane / 4, q = lane % 4;
-  float total = sum(s.total);
-  if (q == 0) m.top[warp][g] = s.top, m.top_v[warp][g] = s.top_v, m.total[warp][g] = total;
-  if (g < GROUP)
 #pragma unroll
-    for (int i = 0; i < 16; i++)
+  for (int e = 0; e < 2; e++) {
+    float total = sum(s.total[e]), by = 1.0f / s.unit[e];
+    if (g == 0) m.reference[warp][2 * q + e] = s.reference[e], m.total[warp][2 * q + e] = total;
+    if (2 * q + e < GROUP)
 #pragma unroll
-      for (int e = 0; e < 2; e++) m.out[warp][g][16 * (2 * q + e) + i] = s.out[i][e];
+      for (int i = 0; i < 8; i++) {
+        m.out[warp][2 * q + e][16 * g + 2 * i] = s.out[i][e] * by;
+        m.out[warp][2 * q + e][16 * g + 2 * i + 1] = s.out[i][2 + e] * by;
+      }
+  }
 }
 
-__device__ __forceinline__ u16 finished(const Operands& o, int head, float out, float total, float top_v, float top) {
-  float y = out / total * power(top_v - top - HEADROOM);
-  return to_bf16(DYNAMIC ? y : y * o.value_scale[head]);
-}
-
-// Join the warps; then, if this was the last item of its sequence and head, the items.
-__device__ __forceinline__ void join(const Operands& o, const Place& at, Meeting& m) {
-  int count = parts_of(at.length), pair = at.sequence * o.kv + at.head;
+// Join the warps: products, and (reference, total), of a partition.
+__device__ __forceinline__ void unite(const Operands& o, const Place& at, const Meeting& m) {
+  u64 first = ((u64)(at.sequence * o.kv + at.head) * o.parts + at.part) * GROUP;
   for (int i = threadIdx.x; i < GROUP * D; i += THREADS) {
     int h = i / D, d = i % D;
-    float top = m.top[0][h], top_v = m.top_v[0][h], total = 0.0f, out = 0.0f;
+    float top = m.reference[0][h], total = 0.0f, out = 0.0f;
 #pragma unroll
-    for (int v = 1; v < WARPS; v++) top = fmaxf(top, m.top[v][h]), top_v = fmaxf(top_v, m.top_v[v][h]);
+    for (int v = 1; v < WARPS; v++) top = fmaxf(top, m.reference[v][h]);
 #pragma unroll
     for (int v = 0; v < WARPS; v++) {
-      total += m.total[v][h] * power(m.top[v][h] - top);
-      out += m.out[v][h][d] * power(m.top_v[v][h] - top_v);
+      float share = power(m.reference[v][h] - top);
+      total += m.total[v][h] * share, out += m.out[v][h][d] * share;
     }
-    if (count == 1) {
-      o.out[((u64)pair * GROUP + h) * D + d] = finished(o, at.head, out, total, top_v, top);
-      continue;
-    }
-    u64 place = ((u64)pair * o.parts + at.part) * GROUP + h;
-    __stcg(o.products + place * D + d, out);
-    if (d == 0) __stcg((float4*)o.stats + place, make_float4(top, top_v, total, 0.0f));
+    if (!DYNAMIC) out *= o.value_scale[at.head];
+    o.products[first * D + i] = out;
+    if (d < 2) o.stats[(first + h) * 2 + d] = d ? total : top;
   }
-  if (count == 1) return;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) m.last = atomicAdd(o.tickets + pair, 1) == count - 1;
-  __syncthreads();
-  if (!m.last) return;
-  __threadfence();
-  for (int i = threadIdx.x; i < GROUP * D; i += THREADS) {
-    int h = i / D, d = i % D;
-    float top = NONE, top_v = NONE, total = 0.0f, out = 0.0f;
-#pragma unroll 4
-    for (int p = 0; p < count; p++) {
-      u64 place = ((u64)pair * o.parts + p) * GROUP + h;
-      float4 s = __ldcg((const float4*)o.stats + place);
-      float x = __ldcg(o.products + place * D + d), now = fmaxf(top, s.x), now_v = fmaxf(top_v, s.y);
-      total = total * power(top - now) + s.z * power(s.x - now);
-      out = out * power(top_v - now_v) + x * power(s.y - now_v);
-      top = now, top_v = now_v;
-    }
-    o.out[((u64)pair * GROUP + h) * D + d] = finished(o, at.head, out, total, top_v, top);
-  }
-  if (threadIdx.x == 0) o.tickets[pair] = 0;
 }
 
-// ends[s] = parts of the sequences up to s, by the first warp.
+// ends[s] = partitions of the sequences up to s, by the first warp.
 __device__ __forceinline__ void count(const Operands& o, int* ends, int lane) {
   int before = 0;
   for (int start = 0; start < o.sequences; start += 32) {
@@ -371,31 +484,31 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(Operands o) {
   extern __shared__ __align__(16) u8 memory[];
   Meeting& m = *(Meeting*)memory;
   u8* rings = memory + (sizeof(Meeting) + 15) / 16 * 16;
-  int* ends = (int*)(rings + STAGES * LANE * THREADS);
+  int* ends = (int*)(rings + STAGES * STAGE * WARPS);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  u32 ring = shared_address(rings) + warp * (STAGES * LANE * 32) + lane * 16;
-  const u32 stage = LANE * 32;
+  u32 ring = shared_address(rings) + warp * STAGES * STAGE;
   asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
   if (warp == 0) count(o, ends, lane);
-  for (int s = blockIdx.x; s < o.sequences; s += gridDim.x)
-    if (o.lengths[s] == 0)
-      for (int i = threadIdx.x; i < o.kv * GROUP * D; i += THREADS) o.out[(u64)s * o.kv * GROUP * D + i] = 0;
   __syncthreads();
   int items = ends[o.sequences - 1] * o.kv;
   Place ahead, here;
-  ahead.find(o, ends, blockIdx.x);
-  here = ahead;
+  here.find(o, ends, items, blockIdx.x, lane);
+  ahead = here;
+#pragma unroll
+  for (int s = 0; s < STAGES - 1 && ahead.item < items; s++, ahead.next(o, ends, items, lane))
+    if (old(ahead, warp)) fetch(o, ahead, ring + s * STAGE, warp, lane);
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  ahead = here;
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) {
     if (ahead.item < items) {
-      fetch(o, ahead, ring + s * stage, warp, lane);
-      ahead.next(o, ends);
+      if (!old(ahead, warp)) fetch(o, ahead, ring + s * STAGE, warp, lane);
+      ahead.next(o, ends, items, lane);
     }
     commit();
   }
   State state;
-  Row row;
+  Queries row;
   int slot = 0, free = STAGES - 1;
   while (here.item < items) {
     if (here.step == 0) {
@@ -403,21 +516,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(Operands o) {
       row = queries(o, here, lane);
     }
     asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+    __syncwarp();
     if (ahead.item < items) {
-      fetch(o, ahead, ring + free * stage, warp, lane);
-      ahead.next(o, ends);
+      fetch(o, ahead, ring + free * STAGE, warp, lane);
+      ahead.next(o, ends, items, lane);
     }
     commit();
-    int first = here.part * PART + (here.step * WARPS + warp) * TILE;
-    if (first < here.length) meet(state, row, ring + slot * stage, first, here.length, lane);
+    int first = here.tile(warp);
+    if (first < here.last) meet(state, row, ring + slot * STAGE, first, here.last, lane);
     free = slot;
     slot = slot + 1 == STAGES ? 0 : slot + 1;
     if (here.step == here.steps - 1) {
       leave(state, m, warp, lane);
       __syncthreads();
-      join(o, here, m);
+      unite(o, here, m);
       __syncthreads();
     }
-    here.next(o, ends);
+    here.next(o, ends, items, lane);
   }
 }

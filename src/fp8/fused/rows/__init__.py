@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import Backend, choose, why_not_triton
+from ...backends import Backend, choose, function, why_not_cuda, why_not_triton
 from ...formats import Format
 from ...quantize.record import Quantized
 from ...tile import Tile
@@ -40,31 +40,47 @@ class Into:
         return {"row": "row", "1x128": "group"}.get(str(self.tile))
 
 
+    @property
+    def joinable(self) -> bool:
+        """Whether `cuda.joined_codes` makes such codes."""
+        return self.mode is not None and self.format.name == "e4m3"
+
+
 @dataclass(frozen=True)
 class Request:
     """What a backend is asked."""
 
     device: torch.device
+    rows: int
     width: int
     into: Into | None
+    dtypes: tuple[torch.dtype, ...]  # of the rows, and of a norm's weight
 
 
 def why_not(request: Request) -> str | None:
-    """Why the kernel does not take a row; None when it does."""
+    """Why the kernels do not take a row; None when it does."""
     if request.width > LONGEST or (request.into is not None and request.into.mode is None):
         return f"it takes rows up to {LONGEST} and scales of rows, groups of 128, or given ones"
-    return why_not_triton(request.device)
+    return None
+
+
+def _cuda(request: Request) -> str | None:
+    reason = why_not_cuda(request.device) or why_not(request)
+    return reason or function("fp8.fused.rows.cuda", "why_not")(request)
 
 
 BACKENDS = (
-    Backend("triton", "a Hopper GPU and Triton", why_not, "fp8.fused.rows.triton"),
+    Backend("cuda", "a Hopper GPU and NVRTC; up to 64 rows", _cuda, "fp8.fused.rows.cuda"),
+    Backend(
+        "triton", "a Hopper GPU and Triton", lambda r: why_not_triton(r.device) or why_not(r), "fp8.fused.rows.triton"
+    ),
     Backend("reference", "nothing", lambda request: None, "fp8.fused.rows.reference"),
 )
 
 
 def norm_codes(h: Tensor, weight: Tensor, eps: float, into: Into) -> Quantized:
     """The codes of the RMS norm, in BF16, of each row of h [T, K]."""
-    return _choose("norm_codes", h, h.shape[1], into)(h, weight, eps, into)
+    return _choose("norm_codes", h, h.shape[1], into, weight)(h, weight, eps, into)
 
 
 def gated_codes(gate_up: Tensor, into: Into) -> Quantized:
@@ -82,5 +98,8 @@ def row_codes(x: Tensor, into: Into) -> Quantized:
     return _choose("row_codes", x, x.shape[1], into)(x, into)
 
 
-def _choose(operation: str, x: Tensor, width: int, into: Into | None) -> Callable[..., Any]:
-    return choose(operation, BACKENDS, Request(x.device, width, into)).run
+def _choose(
+    operation: str, x: Tensor, width: int, into: Into | None, weight: Tensor | None = None
+) -> Callable[..., Any]:
+    dtypes = (x.dtype,) if weight is None else (x.dtype, weight.dtype)
+    return choose(operation, BACKENDS, Request(x.device, len(x), width, into, dtypes)).run

@@ -2,7 +2,8 @@
 
 Such a product is as fast as its weight can be read; everything is arranged around that (`triton.py`). It is a door of
 its own, not a backend of `fp8.matmul`: there a row's bits must not depend on the size of its batch, and cuBLASLt, which
-takes larger ones, adds in another order. Here they do not depend on M from 1 to 64.
+takes larger ones, adds in another order. Here they do not depend on M from 1 to 16 (`cuda.py`, FP32 sums), nor from 17
+to 64 (`triton.py`, promoted).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...backends import Backend, choose, why_not_triton
+from ...backends import Backend, choose, function, why_not_cuda, why_not_triton
 from ...quantize.record import Quantized
 
 __all__ = ["BACKENDS", "MOST_ROWS", "skinny", "why_not"]
@@ -47,7 +48,13 @@ def why_not(x: Operand, w: Operand) -> str | None:
     return "it multiplies codes by codes, or BF16 by BF16"
 
 
+def _cuda(request: Request) -> str | None:
+    x, w = request.x, request.w
+    return why_not_cuda(request.device) or why_not(x, w) or function("fp8.matmul.skinny.cuda", "why_not")(x, w)
+
+
 BACKENDS = (
+    Backend("cuda", "a Hopper GPU and NVRTC; M up to 16", _cuda, "fp8.matmul.skinny.cuda"),
     Backend(
         "triton", "a Hopper GPU and Triton", lambda r: why_not_triton(r.device) or why_not(r.x, r.w),
         "fp8.matmul.skinny.triton",
@@ -69,7 +76,7 @@ def skinny(
     bias       [N], added in FP32 before the product's rounding
     residual   [M, N] of `out_dtype`, added after it, and rounded again
 
-    The sum of an FP8 product is promoted: FP32 every 128 of K.
+    The sum of an FP8 product is promoted, FP32 every 128 of K, or FP32 throughout where M is 16 or less.
     """
     device = x.codes.device if isinstance(x, Quantized) else x.device
     return choose("skinny", BACKENDS, Request(device, x, w)).run(x, w, out_dtype, bias, residual)

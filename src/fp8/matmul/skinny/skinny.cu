@@ -2,8 +2,8 @@
 //
 // A unit is 16 R rows of w over all of K. A block goes through units; its warps share K: warp v takes the columns
 // (v + WARPS s) CHUNK of step s, 64 bytes of each row, so that a step of the block reads neighbouring lines. The warps'
-// sums meet in shared memory and are added in ascending order. Which column is added where depends on K alone: not on
-// M, not on N, not on the number of multiprocessors.
+// sums meet in shared memory: warp v takes those of warp v + WARPS / 2, then they are added in ascending order. Which
+// column is added where depends on K alone: not on M, not on N, not on the number of multiprocessors.
 //
 // The tensor core's instruction, m16n8k16 with F16 operands: 16 rows of w, 8 tokens, 16 columns. Each E4M3 code is an
 // F16 number, so conversion is exact; so are the products; the sums are FP32. Column order within a chunk is free, as
@@ -14,18 +14,15 @@
 // STAGES steps. Nothing but the end of a unit needs a barrier. Weights do not depend on the kernel before this one: they
 // are asked for before griddepcontrol.wait, what it made after.
 //
-// With PREPARED rows x is BF16, and each block makes codes of all of it itself while its first weights are on their way:
-// optionally the RMS norm (the mean in FP64, roundings as fused/norm has them), then a scale a row, or a given one, and
-// the codes, bytes as `quantize` makes them. At most four rows: the work is done by every block again.
+// x is small and comes from the L2, but once for each unit that would be half as much as w again, at 16 tokens, and the
+// L2 has little more to give than memory: with KEEP a lane keeps its part of x from the first unit on.
 //
 // What is compiled in:
-//   R        16 rows of w a warp, so many times      TOKENS   8, 16, 32 or 64: M, filled up with zeros
-//   WARPS, STAGES                                    BF16     0: E4M3 codes; 1: BF16 numbers, no scales
+//   R        16 rows of w a warp, so many times      TOKENS   8 or 16: M, filled up with zeros
+//   WARPS (an even number), STAGES, KEEP             BF16     0: E4M3 codes; 1: BF16 numbers, no scales
 //   ALONG    0: scales are constant along K; 1: 1x128 with 128x128
 //   BIAS     0 none, 1 BF16, 2 FP32                  OUT32    y is FP32, not BF16
 //   RESIDUAL, ROW_X, ROW_W (a scale a row, or one)
-//   PREPARED 0, or 1, 2 or 4 rows of BF16; then NORM, W32 (its weight is FP32), POWER (scales are powers of two), and
-//            VECTORS, 8 columns each, that a thread has of a row
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -35,9 +32,11 @@ typedef unsigned long long u64;
 #define THREADS (32 * WARPS)
 #define TILES (TOKENS / 8)
 #define ROWS (16 * R)
-#define SLOTS (2 * R + (PREPARED ? 0 : TILES))
+#define HALF (WARPS / 2)
 #define SIZE (BF16 ? 2 : 1)
 #define CHUNK (64 / SIZE)
+#define LINE (THREADS * 16)  // bytes of a slot: 16 a lane
+#define EACH ((TOKENS * ROWS + THREADS - 1) / THREADS)  // results a thread
 #define PITCH (ROWS + 4)  // of a token's sums: lanes (g, q) of a store fall on 32 banks
 
 struct Operands {
@@ -47,14 +46,10 @@ struct Operands {
   void* out;
   int rows, cols, depth;                                   // M, N, K
   int stride_xr, stride_xk, stride_wr, stride_wk;          // of the scales, in elements
-  const void* norm;                                        // weight of the norm [K]
-  float eps;
 };
 
-struct Prepared {  // what a block knows of its rows
-  double squares[4][WARPS];
-  int keys[4][WARPS];
-  float scales[4];
+struct Beside {  // what a result is multiplied by, and what is added to it
+  float scale, second, bias, residual;
 };
 
 struct Fragment {
@@ -135,7 +130,7 @@ __device__ __forceinline__ void fetch_weights(const Operands& o, const Place& at
 #pragma unroll
   for (int i = 0; i < 2 * R; i++) {
     bool there = inside && row + 8 * i < o.cols;
-    copy_once(ring + i * THREADS * 16, there ? from + (u64)(8 * i) * o.depth * SIZE : o.w, there, policy);
+    copy_once(ring + i * LINE, there ? from + (u64)(8 * i) * o.depth * SIZE : o.w, there, policy);
   }
 }
 
@@ -145,36 +140,29 @@ __device__ __forceinline__ void fetch_tokens(const Operands& o, const Place& at,
   for (int t = 0; t < TILES; t++) {
     int token = 8 * t + lane / 4;
     bool there = column < o.depth && token < o.rows;
-    copy(ring + (2 * R + t) * THREADS * 16, there ? o.x + ((u64)token * o.depth + column) * SIZE : o.x, there);
+    copy(ring + t * LINE, there ? o.x + ((u64)token * o.depth + column) * SIZE : o.x, there);
   }
 }
 
-// acc += w x^T over one chunk; `codes` are the lane's of a prepared row, `there` whether it has any.
-__device__ __forceinline__ void accumulate(float (&acc)[R][TILES][4], u32 ring, u32 codes, bool there) {
-  Fragment w[2 * R];
-#pragma unroll
-  for (int i = 0; i < 2 * R; i++) w[i] = read(ring + i * THREADS * 16);
-  u32 a[R][4 / SIZE][4];
-#pragma unroll
-  for (int r = 0; r < R; r++)
-#pragma unroll
-    for (int j = 0; j < 4 / SIZE; j++) {
-      operands(w[2 * r], j, a[r][j][0], a[r][j][2]);
-      operands(w[2 * r + 1], j, a[r][j][1], a[r][j][3]);
-    }
+// acc += w x^T over one chunk, from the lane's places in both rings.
+__device__ __forceinline__ void accumulate(float (&acc)[R][TILES][4], u32 weights, u32 tokens) {
+  u32 b[TILES][4 / SIZE][2];
 #pragma unroll
   for (int t = 0; t < TILES; t++) {
-    Fragment x = {};
-    if (!PREPARED)
-      x = read(ring + (2 * R + t) * THREADS * 16);
-    else if (there)
-      x = read(codes);
+    Fragment x = read(tokens + t * LINE);
+#pragma unroll
+    for (int j = 0; j < 4 / SIZE; j++) operands(x, j, b[t][j][0], b[t][j][1]);
+  }
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    Fragment upper = read(weights + 2 * r * LINE), lower = read(weights + (2 * r + 1) * LINE);
 #pragma unroll
     for (int j = 0; j < 4 / SIZE; j++) {
-      u32 b[2];
-      operands(x, j, b[0], b[1]);
+      u32 a[4];
+      operands(upper, j, a[0], a[2]);
+      operands(lower, j, a[1], a[3]);
 #pragma unroll
-      for (int r = 0; r < R; r++) multiply(acc[r][t], a[r][j], b);
+      for (int t = 0; t < TILES; t++) multiply(acc[r][t], a, b[t][j]);
     }
   }
 }
@@ -203,157 +191,63 @@ __device__ __forceinline__ void clear(float (&acc)[R][TILES][4]) {
       for (int e = 0; e < 4; e++) acc[r][t][e] = 0.0f;
 }
 
-// Leave a warp's sums as sums[warp][token][row].
+// Leave the sums of two warps as sums[warp][token][row]: the upper half's first, then the lower half adds its own.
 __device__ __forceinline__ void leave(const float (&acc)[R][TILES][4], float* sums, int warp, int lane) {
-  float* mine = sums + warp * TOKENS * PITCH;
+  float* ours = sums + warp % HALF * TOKENS * PITCH;
+  bool upper = warp >= HALF;
 #pragma unroll
-  for (int r = 0; r < R; r++)
+  for (int turn = 0; turn < 2; turn++) {
+    if (upper == (turn == 0)) {
 #pragma unroll
-    for (int t = 0; t < TILES; t++)
+      for (int r = 0; r < R; r++)
 #pragma unroll
-      for (int e = 0; e < 4; e++)
-        mine[(8 * t + lane % 4 * 2 + e % 2) * PITCH + 16 * r + lane / 4 + e / 2 * 8] = acc[r][t][e];
-}
-
-#if PREPARED
-__device__ __forceinline__ u16 to_codes(float first, float second) {
-  u16 pair;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
-  return pair;
-}
-
-__device__ __forceinline__ double sum_of_warp(double x) {
+        for (int t = 0; t < TILES; t++)
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
-  return x;
-}
-
-// The dequantizing scale of an amax, given by its key (`quantize`: FP32 bits + 0x00800000; Inf and NaN are negative).
-__device__ __forceinline__ float scale_of(int key) {
-  int amax = max(key, 0x00800000) - 0x00800000;
-  if (amax == 0) return 1.0f;
-  if (POWER) return __int_as_float(max(((amax + 0x1FFFFF) & 0x7F800000) - (8 << 23), 1 << 23));
-  return fminf(fmaxf(__fdiv_rn(__int_as_float(amax), 448.0f), 1.1754943508222875e-38f), 8.507059173023462e37f);
-}
-
-// x / scale; of a power of two the reciprocal is exact.
-__device__ __forceinline__ float divided(float x, float scale) {
-  if (!POWER) return __fdiv_rn(x, scale);
-  int bits = __float_as_int(scale);
-  return __fmul_rn(x, __int_as_float(bits == 0x7F000000 ? 1 << 22 : 0x7F000000 - bits));
-}
-
-__device__ __forceinline__ float weight_at(const Operands& o, int column) {
-  return W32 ? ((const float*)o.norm)[column] : from_bf16(((const u16*)o.norm)[column]);
-}
-
-// Codes of all rows, codes[token][K + 16], and their scales.
-__device__ __forceinline__ void prepare(const Operands& o, Prepared& p, u8* codes) {
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float x[PREPARED][VECTORS][8];
-#pragma unroll
-  for (int m = 0; m < PREPARED; m++)
-#pragma unroll
-    for (int v = 0; v < VECTORS; v++) {
-      int column = (v * THREADS + threadIdx.x) * 8;
-      uint4 read = make_uint4(0, 0, 0, 0);
-      if (m < o.rows && column < o.depth) read = __ldcg((const uint4*)(o.x + ((u64)m * o.depth + column) * 2));
-      u32 words[4] = {read.x, read.y, read.z, read.w};
-#pragma unroll
-      for (int i = 0; i < 8; i++) x[m][v][i] = from_bf16(i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xFFFF);
+          for (int e = 0; e < 4; e++) {
+            float& sum = ours[(8 * t + lane % 4 * 2 + e % 2) * PITCH + 16 * r + lane / 4 + e / 2 * 8];
+            sum = turn == 0 ? acc[r][t][e] : acc[r][t][e] + sum;
+          }
     }
-#if NORM
-#pragma unroll
-  for (int m = 0; m < PREPARED; m++) {
-    double squares = 0.0;
-#pragma unroll
-    for (int v = 0; v < VECTORS; v++)
-#pragma unroll
-      for (int i = 0; i < 8; i++) squares += (double)x[m][v][i] * (double)x[m][v][i];
-    squares = sum_of_warp(squares);
-    if (lane == 0) p.squares[m][warp] = squares;
+    __syncthreads();
   }
-  __syncthreads();
-#pragma unroll
-  for (int m = 0; m < PREPARED; m++) {
-    double squares = 0.0;
-#pragma unroll
-    for (int v = 0; v < WARPS; v++) squares += p.squares[m][v];
-    float rstd = __fdiv_rn(1.0f, __fsqrt_rn((float)(squares / o.depth) + o.eps));
-#pragma unroll
-    for (int v = 0; v < VECTORS; v++) {
-      int column = (v * THREADS + threadIdx.x) * 8;
-      if (column >= o.depth) continue;
-#pragma unroll
-      for (int i = 0; i < 8; i++)
-        x[m][v][i] = from_bf16(to_bf16(__fmul_rn(__fmul_rn(x[m][v][i], rstd), weight_at(o, column + i))));
-    }
-  }
-#endif
-#if ROW_X
-#pragma unroll
-  for (int m = 0; m < PREPARED; m++) {
-    int key = 0;
-#pragma unroll
-    for (int v = 0; v < VECTORS; v++)
-#pragma unroll
-      for (int i = 0; i < 8; i++) key = max(key, (int)((__float_as_uint(x[m][v][i]) & 0x7FFFFFFFu) + 0x00800000u));
-    key = __reduce_max_sync(0xFFFFFFFFu, key);
-    if (lane == 0) p.keys[m][warp] = key;
-  }
-  __syncthreads();
-#endif
-#pragma unroll
-  for (int m = 0; m < PREPARED; m++) {
-    float scale = 0.0f;
-#if ROW_X
-    int key = 0;
-#pragma unroll
-    for (int v = 0; v < WARPS; v++) key = max(key, p.keys[m][v]);
-    scale = scale_of(key);
-#else
-    scale = o.scale_x[0];
-#endif
-    if (threadIdx.x == 0) p.scales[m] = scale;
-#pragma unroll
-    for (int v = 0; v < VECTORS; v++) {
-      int column = (v * THREADS + threadIdx.x) * 8;
-      if (column >= o.depth) continue;
-      u32 pairs[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        float a = x[m][v][2 * i], b = x[m][v][2 * i + 1];  // times zero, plus the quotient: NaN if it is not finite
-        pairs[i] = to_codes(__fmaf_rn(a, 0.0f, divided(a, scale)), __fmaf_rn(b, 0.0f, divided(b, scale)));
-      }
-      *(uint2*)(codes + m * (o.depth + 16) + column) = make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
-    }
-  }
-  __syncthreads();
 }
+
+// Ask for all that `finish` needs beside the sums, so that it is there when they are.
+__device__ __forceinline__ void look_up(const Operands& o, int unit, Beside (&beside)[EACH]) {
+#pragma unroll
+  for (int n = 0; n < EACH; n++) {
+    int i = threadIdx.x + n * THREADS, token = i / ROWS, row = unit * ROWS + i % ROWS;
+    if (i >= o.rows * ROWS || row >= o.cols) continue;
+    u64 at = (u64)token * o.cols + row;
+#if !BF16 && !ALONG
+    beside[n].scale = o.scale_w[ROW_W ? row : 0], beside[n].second = o.scale_x[ROW_X ? token : 0];
 #endif
+    if (BIAS == 1) beside[n].bias = from_bf16(((const u16*)o.bias)[row]);
+    if (BIAS == 2) beside[n].bias = ((const float*)o.bias)[row];
+    if (RESIDUAL)
+      beside[n].residual = OUT32 ? ((const float*)o.residual)[at] : from_bf16(((const u16*)o.residual)[at]);
+  }
+}
 
 // Add the warps' sums in order, then scales, bias, one rounding, the residual, another.
-__device__ __forceinline__ void finish(const Operands& o, int unit, const float* sums, const float* scale_x) {
-  for (int i = threadIdx.x; i < o.rows * ROWS; i += THREADS) {
-    int token = i / ROWS, within = i % ROWS, row = unit * ROWS + within;
-    if (row >= o.cols) continue;
+__device__ __forceinline__ void finish(const Operands& o, int unit, const float* sums, const Beside (&beside)[EACH]) {
+#pragma unroll
+  for (int n = 0; n < EACH; n++) {
+    int i = threadIdx.x + n * THREADS, token = i / ROWS, within = i % ROWS, row = unit * ROWS + within;
+    if (i >= o.rows * ROWS || row >= o.cols) continue;
     float y = sums[token * PITCH + within];
 #pragma unroll
-    for (int v = 1; v < WARPS; v++) y += sums[(v * TOKENS + token) * PITCH + within];
+    for (int v = 1; v < HALF; v++) y += sums[(v * TOKENS + token) * PITCH + within];
 #if !BF16 && !ALONG
-    if (ROW_X || ROW_W || PREPARED)  // a given scale stands for one a row
-      y = y * o.scale_w[ROW_W ? row : 0] * scale_x[ROW_X ? token : 0];
-    else
-      y = y * (scale_x[0] * o.scale_w[0]);
+    y = ROW_X || ROW_W ? y * beside[n].scale * beside[n].second : y * (beside[n].second * beside[n].scale);
 #endif
-    if (BIAS == 1) y += from_bf16(((const u16*)o.bias)[row]);
-    if (BIAS == 2) y += ((const float*)o.bias)[row];
+    if (BIAS) y += beside[n].bias;
     u64 at = (u64)token * o.cols + row;
 #if OUT32
-    ((float*)o.out)[at] = RESIDUAL ? ((const float*)o.residual)[at] + y : y;
+    ((float*)o.out)[at] = RESIDUAL ? beside[n].residual + y : y;
 #else
     u16 bits = to_bf16(y);
-    ((u16*)o.out)[at] = RESIDUAL ? to_bf16(from_bf16(((const u16*)o.residual)[at]) + from_bf16(bits)) : bits;
+    ((u16*)o.out)[at] = RESIDUAL ? to_bf16(beside[n].residual + from_bf16(bits)) : bits;
 #endif
   }
 }
@@ -363,36 +257,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(Operands o) {
   float* sums = (float*)memory;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, steps = (o.depth + WARPS * CHUNK - 1) / (WARPS * CHUNK);
   int units = (o.cols + ROWS - 1) / ROWS, mine = (units - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
-  u32 ring = shared_address(memory + 4 * WARPS * TOKENS * PITCH) + threadIdx.x * 16;
-  const u32 stage = SLOTS * THREADS * 16;
+  const u32 stage = 2 * R * LINE, tile = TILES * LINE;
+  u32 weights = shared_address(memory + 4 * HALF * TOKENS * PITCH) + threadIdx.x * 16;
+  u32 tokens = weights + STAGES * stage;
   u64 policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile("griddepcontrol.launch_dependents;");
-  int total = mine * steps;
-  Place ahead = {(int)blockIdx.x, 0}, here = ahead;
+  int total = mine * steps, first = blockIdx.x;
+  Place ahead = {first, 0}, here = ahead;
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++, ahead.next(steps))
-    if (s < total) fetch_weights(o, ahead, ring + s * stage, warp, lane, policy);
+    if (s < total) fetch_weights(o, ahead, weights + s * stage, warp, lane, policy);
   asm volatile("griddepcontrol.wait;" ::: "memory");
   ahead = here;
-  const float* scale_x = o.scale_x;
-  u32 codes = 0;
-  bool mine_there = lane / 4 < o.rows;
-#if PREPARED
-  Prepared& rows = *(Prepared*)(memory + 4 * WARPS * TOKENS * PITCH + STAGES * stage);
-  u8* made = (u8*)(&rows + 1);
-  codes = shared_address(made) + lane / 4 * (o.depth + 16) + lane % 4 * 16;
-  scale_x = rows.scales;
-#endif
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++, ahead.next(steps)) {
-    if (!PREPARED && s < total) fetch_tokens(o, ahead, ring + s * stage, warp, lane);
+    if (s < total && (!KEEP || ahead.unit == first))
+      fetch_tokens(o, ahead, tokens + (KEEP ? ahead.step : s) * tile, warp, lane);
     commit();
   }
-#if PREPARED
-  prepare(o, rows, made);
-#endif
   float acc[R][TILES][4];
+  Beside beside[EACH];
   clear(acc);
   int slot = 0, free = STAGES - 1;
   for (int i = 0; i < total; i++) {
@@ -400,18 +285,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(Operands o) {
     float scale[TILES][2], part[R][TILES][4];
     fetch_scales(o, here, warp, lane, scale);
 #endif
+    bool last = here.step == steps - 1;
+    if (last) look_up(o, here.unit, beside);
     asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
     if (i + STAGES - 1 < total) {
-      fetch_weights(o, ahead, ring + free * stage, warp, lane, policy);
-      if (!PREPARED) fetch_tokens(o, ahead, ring + free * stage, warp, lane);
+      fetch_weights(o, ahead, weights + free * stage, warp, lane, policy);
+      if (!KEEP || ahead.unit == first)
+        fetch_tokens(o, ahead, tokens + (KEEP ? ahead.step : free) * tile, warp, lane);
       ahead.next(steps);
     }
     commit();
-    int column = (here.step * WARPS + warp) * CHUNK;
-    bool there = mine_there && column + lane % 4 * 16 < o.depth;
+    u32 of_x = tokens + (KEEP ? here.step : slot) * tile;
 #if ALONG
     clear(part);
-    accumulate(part, ring + slot * stage, codes + column, there);
+    accumulate(part, weights + slot * stage, of_x);
 #pragma unroll
     for (int r = 0; r < R; r++)
 #pragma unroll
@@ -419,15 +306,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(Operands o) {
 #pragma unroll
         for (int e = 0; e < 4; e++) acc[r][t][e] = __fmaf_rn(part[r][t][e], scale[t][e % 2], acc[r][t][e]);
 #else
-    accumulate(acc, ring + slot * stage, codes + column, there);
+    accumulate(acc, weights + slot * stage, of_x);
 #endif
     free = slot;
     slot = slot + 1 == STAGES ? 0 : slot + 1;
-    if (here.step == steps - 1) {
+    if (last) {
+      if (here.unit != first) __syncthreads();  // the sums of the unit before have been read
       leave(acc, sums, warp, lane);
-      __syncthreads();
-      finish(o, here.unit, sums, scale_x);
-      __syncthreads();
+      finish(o, here.unit, sums, beside);
       clear(acc);
     }
     here.next(steps);

@@ -85,8 +85,10 @@ def norm_linear(h: Tensor, norm: Norm, linear: Matrix) -> Tensor:
     return product(normed(h, norm), linear)
 
 
-def linear_add(x: Tensor, linear: Matrix, residual: Tensor) -> Tensor:
-    """`residual [T, N]` and the product of x [T, K], added."""
+def linear_add(x: Tensor | Quantized, linear: Matrix, residual: Tensor) -> Tensor:
+    """`residual [T, N]` and the product of x [T, K], or of its codes, added."""
+    if isinstance(x, Quantized):
+        return code_product(x, linear, residual)
     if (into := joined(x, linear)) is not None:
         return code_product(row_codes(x, into), linear, residual)
     if isinstance(linear, Linear) and few(x, linear.weight):

@@ -13,10 +13,10 @@ import math
 
 from torch import Tensor, nn
 
-from ...attention.paged import LayerPages, attend, rope_write
+from ...attention.paged import LayerPages, attend, rope_attend, rope_write
 from ...models.architecture import Architecture
 from ..batch import Batch
-from .layers import gated_linear_add, linear_add, norm_linear
+from .layers import gated_linear_add, joined, linear_add, norm_linear
 from .served import Block, Tables
 from .weights import Weights
 
@@ -44,10 +44,13 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor, batch: Batch, pages: LayerPages, rope: Tables, last: Batch | None = None) -> Tensor:
         qkv = norm_linear(h, self.norm, self.qkv)
-        q = rope_write(qkv, batch.positions, batch.slots, pages, rope, self.q_norm, self.k_norm, self.eps)
-        if last is not None:
-            q, h = q[batch.wanted], h[batch.wanted]
-        return linear_add(attend(q, pages, last or batch, self.scale), self.out, h) if len(h) else h
+        norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm, self.eps)
+        given = qkv, batch.positions, batch.slots, pages, rope
+        if last is None:
+            into = joined(h, self.out)
+            return linear_add(rope_attend(*given, batch, self.scale, norms, into), self.out, h)
+        q, h = rope_write(*given, *(norms or ()))[batch.wanted], h[batch.wanted]
+        return linear_add(attend(q, pages, last, self.scale), self.out, h) if len(h) else h
 
 
 class MLP(nn.Module):

@@ -1,7 +1,8 @@
 """A decoder as it is served: an embedding, blocks in a row, a norm and a head, over new rows of many sequences.
 
 The last layer stores the keys and values of all rows, but only those whose logits are wanted go on: of a prompt, one.
-That saves nearly all of one layer, and no bit depends on it, because rows do not see each other (`layers.py`).
+That saves nearly all of one layer. No bit depends on it on a CPU, where rows do not see each other (`layers.py`); a
+deterministic engine on a GPU, which always computes the same number of rows, does not do it (`Batch.chunks` is None).
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class ServedModel(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
         """FP32 logits `[S', V]` of the rows that `batch.wanted` names."""
-        h, few = self.embedding[batch.tokens], len(batch.wanted) < len(batch.tokens)
+        h = self.embedding[batch.tokens]
+        few = batch.chunks is not None and len(batch.wanted) < len(batch.tokens)
         last = [None] * (len(self.layers) - 1) + [batch.narrowed() if few else None]
         for layer, pages, narrowed in zip(self.layers, cache.layers, last, strict=True):
             h = layer(h, batch, pages, (self.cos, self.sin), narrowed)
