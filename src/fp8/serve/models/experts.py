@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ...backends import why_not_triton
 from ...models.architecture import Architecture, Experts
 from .grouped import Grouped, Stack, why_not
-from .layers import Linear, Matrix, gated, normed, product
+from .layers import Linear, Matrix, Stream, gated, normed, product, settled
 from .weights import Weights
 
 
@@ -75,7 +75,8 @@ class RoutedMLP(nn.Module):
         """That part of each expert."""
         return [getattr(expert, part) for expert in self.experts]
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Stream) -> Tensor:
+        h = settled(h)
         x = normed(h, self.norm)
         shares, chosen = self.route(x)
         answers = self.answers(x, chosen)

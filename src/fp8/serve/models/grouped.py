@@ -98,7 +98,7 @@ class Stack:
         if ends.device.type == "cpu":
             return self.one_by_one(x, ends)
         across = self.weight.transpose(1, 2)
-        if isinstance(x, Tensor):
+        if isinstance(x, Tensor) or self.scale is None:
             return torch._grouped_mm(x, across, offs=ends)  # type: ignore[attr-defined]
         return torch._scaled_grouped_mm(  # type: ignore[attr-defined]
             x.codes, across, x.scale.flatten(), self.scale, offs=ends, out_dtype=torch.bfloat16,
@@ -109,12 +109,16 @@ class Stack:
         """The definition: each expert's product of its own rows."""
         out = torch.zeros(x.shape[0], self.weight.shape[1], dtype=torch.bfloat16)
         for expert, (start, end) in enumerate(pairwise([0, *ends.tolist()])):
-            if end > start and isinstance(x, Tensor):
-                out[start:end] = product(x[start:end], Linear(self.weight[expert]))
-            elif end > start:
-                own = Quantized(x.codes[start:end], x.scale[start:end], x.tile, x.format)
-                out[start:end] = run_matmul(own, self.quantized(expert), torch.bfloat16, self.accumulate)
+            if end > start:
+                out[start:end] = self.own(x, slice(start, end), expert)
         return out
+
+    def own(self, x: Quantized | Tensor, rows: slice, expert: int) -> Tensor:
+        """Some rows by the matrix of one expert."""
+        if isinstance(x, Tensor):
+            return product(x[rows], Linear(self.weight[expert]))
+        some = Quantized(x.codes[rows], x.scale[rows], x.tile, x.format)
+        return run_matmul(some, self.quantized(expert), torch.bfloat16, self.accumulate)
 
     def quantized(self, expert: int) -> Quantized:
         """The matrix of one expert, in FP8."""
