@@ -97,7 +97,7 @@ class LLM:
         kv_cache_dtype: str = "fp8",
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 8192,
+        max_num_batched_tokens: int = 16384,
         gpu_memory_utilization: float = 0.9,
         enable_prefix_caching: bool = True,
         block_size: int = 64,

@@ -118,7 +118,8 @@ class EngineOptions:
     pages             pages of the cache; None: as many as fit into `memory_fraction` of a GPU's memory beside the
                       model, or into a GiB on a CPU
     max_running       sequences in one step
-    max_step_tokens   new tokens in one step: a longer prompt enters in chunks, so that others are not kept waiting
+    max_step_tokens   new tokens in one step: a longer prompt enters in chunks, so that others are not kept waiting.
+                      More of them read prompts faster: `fp8.LLM`, whose answers nobody watches, takes 16384
     prefix_caching    prompts that begin alike share their pages
     graphs            on a GPU, a decode step is one CUDA graph
     deterministic     every step has max_running rows, filled up: products of one shape, so that on a GPU no result
