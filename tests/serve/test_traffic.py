@@ -118,6 +118,7 @@ def test_graphs_give_the_tokens_of_launches(quantization: str | None) -> None:
     assert answers(1, graphs=True) == together[:1]
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.gpu
 def test_a_step_does_not_wait_for_the_one_before() -> None:
     """Launching asks nothing of the device: torch would raise on a synchronizing copy."""

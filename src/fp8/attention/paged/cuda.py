@@ -56,9 +56,9 @@ class Plan:
     stages: int = 3
 
     def shared(self, group: int, dynamic: bool, sequences: int = MOST_SEQUENCES) -> int:
-        """Bytes of shared memory: the warps' states, the rings, the partitions of each sequence."""
+        """Bytes of shared memory: the warps' states, the rings, the length and partitions of each sequence."""
         states = 4 * self.warps * (group * WIDTH + 2 * 8)
-        return states + self.stages * self.warps * (4096 + (128 if dynamic else 0)) + 4 * sequences
+        return states + self.stages * self.warps * (4096 + (128 if dynamic else 0)) + 8 * sequences
 
     def blocks(self, shared: int) -> int:
         """Blocks that a multiprocessor holds at once."""
@@ -128,8 +128,8 @@ def partitions(
         sequences=sequences, kv=kv, width=pages.shape[1], parts=parts, scale=scale * LOG2E,
     )  # fmt: skip
     shared = use.shared(group, dynamic, sequences)
-    blocks = torch.cuda.get_device_properties(q.device).multi_processor_count * use.blocks(shared)
-    blocks = min(blocks, sequences * kv * parts)
+    at_once = torch.cuda.get_device_properties(q.device).multi_processor_count * use.blocks(shared)
+    blocks = kv * max(1, min(at_once // kv, sequences * parts))
     nvrtc.launch(
         SOURCE, "decode", tuple(constants.items()), q.device, blocks, 32 * use.warps, operands,
         shared=shared, early=early,
