@@ -14,7 +14,7 @@ from fp8.fused.rope.reference import tables
 from fp8.serve.batch import Batch
 from sass import resources
 
-CONSTANTS = {"GROUP": 4, "E4M3": 1, "DYNAMIC": 1, "PAGE": 64, "PART": 512, "FEW": 128, "SHORT": 2048, "WARPS": 4, "STAGES": 3, "TURN": 1}
+CONSTANTS = {"GROUP": 4, "E4M3": 1, "DYNAMIC": 1, "PAGE": 64, "PART": 512, "FEW": 128, "SHORT": 2048, "WARPS": 4, "STAGES": 3, "TURN": 1, "BITS": 1}
 gpu = pytest.mark.gpu
 KV = 2
 
@@ -146,7 +146,7 @@ def test_here_attention_is_within_its_bound(here, kind: str, heads: int, page_si
 
 
 def test_here_long_sequences_have_larger_partitions(here) -> None:
-    within_its_bound("fp8", 4, 48, [60, 129, 200], "cpu", cuda.Plan(64, 32, 128, 2, 2))
+    within_its_bound("fp8", 4, 48, [60, 129, 200], "cpu", cuda.Plan(64, 32, 128, 2, 2, False))
 
 
 def test_here_a_row_has_the_same_bits_alone_in_company_and_on_other_pages(here) -> None:

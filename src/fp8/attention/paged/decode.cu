@@ -36,7 +36,7 @@
 // stores them. Bytes are those of `rope_write`.
 //
 // What is compiled in: GROUP query heads a key head (8 at most), E4M3, DYNAMIC (a scale a token) or one a head, PAGE,
-// PART, FEW, SHORT, WARPS, STAGES, TURN. D is 128.
+// PART, FEW, SHORT, WARPS, STAGES, TURN, BITS (how keys are converted). D is 128.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -69,7 +69,14 @@ struct Fragment {
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-__device__ __forceinline__ void copy16(u32 to, const u8* from, bool there) {
+// 16 bytes, so much further than `to` and `from`.
+template <int PAST, int BEYOND>
+__device__ __forceinline__ void copy16(u32 to, const u8* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %1], [%2 + %3], 16;" ::"r"(to), "n"(PAST), "l"(from), "n"(BEYOND)
+               : "memory");
+}
+
+__device__ __forceinline__ void copy16_if(u32 to, const u8* from, bool there) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0)
                : "memory");
 }
@@ -95,6 +102,12 @@ __device__ __forceinline__ float read4(u32 from) {
   return x;
 }
 
+__device__ __forceinline__ u32 bytes_of(u32 a, u32 b, u32 which) {
+  u32 y;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(which));
+  return y;
+}
+
 // Two codes to two F16 numbers.
 __device__ __forceinline__ u32 widen(u32 pair) {
   u32 two;
@@ -104,6 +117,19 @@ __device__ __forceinline__ u32 widen(u32 pair) {
   asm("cvt.rn.f16x2.e5m2x2 %0, %1;" : "=r"(two) : "h"((u16)pair));
 #endif
   return two;
+}
+
+// Four codes to two pairs: of the first two and the last two; or, with BITS, of the even and the odd ones, 2^-8 of E4M3:
+// by arithmetic on bits, because conversions share a unit with exponentials that is slow. A NaN of E4M3 becomes a number.
+__device__ __forceinline__ void widen_keys(u32 word, u32& low, u32& high) {
+#if !BITS
+  low = widen(word & 0xFFFF), high = widen(word >> 16);
+#elif E4M3
+  low = (word & 0x00FF00FF) << 7, high = bytes_of(word, 0, 0x4341) << 7;  // the sign at bit 14
+  low += low & 0x40004000, high += high & 0x40004000;
+#else
+  low = bytes_of(word, 0, 0x2404), high = word & 0xFF00FF00;
+#endif
 }
 
 __device__ __forceinline__ u32 to_f16s(float low, float high) {
@@ -129,12 +155,6 @@ __device__ __forceinline__ u32 transposed(u32 x) {
 __device__ __forceinline__ float power(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ u32 bytes_of(u32 a, u32 b, u32 which) {
-  u32 y;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(which));
   return y;
 }
 
@@ -306,16 +326,20 @@ __device__ __forceinline__ void fetch(const Operands& o, const Ahead& ahead, int
 #endif
   int page = __shfl_sync(0xFFFFFFFFu, ahead.page, first / PAGE - at.first / PAGE);
   u64 row = ((u64)page * o.kv + head) * PAGE + first % PAGE;
+  const u8 *k = o.keys + (row + g) * D + 16 * q, *v = o.values + (row + 2 * q) * D + 16 * g;
+  u32 to = ring + lane * 16;
+  if (first + TILE <= at.last) {
+    copy16<0, 0>(to, k), copy16<512, 64>(to, k);
+    copy16<1024, 8 * D>(to, k), copy16<1536, 8 * D + 64>(to, k);
+    copy16<2048, 0>(to, v), copy16<2560, D>(to, v);
+    copy16<3072, 8 * D>(to, v), copy16<3584, 9 * D>(to, v);
+  } else
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    int key = 8 * (i / 2) + g;
-    copy16(ring + i * 512 + lane * 16, o.keys + (row + key) * D + 64 * (i % 2) + 16 * q, first + key < at.last);
-  }
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    int key = 8 * (i / 2) + 2 * q + i % 2;
-    copy16(ring + (4 + i) * 512 + lane * 16, o.values + (row + key) * D + 16 * g, first + key < at.last);
-  }
+    for (int i = 0; i < 4; i++) {
+      int of_k = 8 * (i / 2), of_v = of_k + i % 2;
+      copy16_if(to + i * 512, k + of_k * D + 64 * (i % 2), first + of_k + g < at.last);
+      copy16_if(to + (4 + i) * 512, v + of_v * D, first + of_v + 2 * q < at.last);
+    }
 #if DYNAMIC
   copy4(ring + 8 * 512 + lane * 4, (lane < 16 ? o.key_scale : o.value_scale) + row + lane % 16);
 #endif
@@ -362,8 +386,9 @@ __device__ __forceinline__ Queries queries(const Operands& o, int sequence, int 
 #pragma unroll
   for (int i = 0; i < 8; i++)
 #pragma unroll
-    for (int j = 0; j < 2; j++) r.word[i][j] = g < GROUP ? to_f16s(x[i][2 * j] * up, x[i][2 * j + 1] * up) : 0;
-  float factor = o.scale * down;
+    for (int j = 0; j < 2; j++)
+      r.word[i][j] = g < GROUP ? to_f16s(x[i][BITS ? j : 2 * j] * up, x[i][BITS ? 2 + j : 2 * j + 1] * up) : 0;
+  float factor = o.scale * down * (BITS && E4M3 ? 256.0f : 1.0f);
   if (!DYNAMIC) factor *= o.key_scale[head];
 #pragma unroll
   for (int e = 0; e < 2; e++) r.factor[e] = __shfl_sync(0xFFFFFFFFu, factor, 4 * (2 * q + e));
@@ -403,9 +428,11 @@ __device__ __forceinline__ void meet(State& s, const Queries& r, u32 ring, int f
   for (int c = 0; c < 2; c++) {
     Fragment low = read16(ring + c * 512 + lane * 16), high = read16(ring + (2 + c) * 512 + lane * 16);
 #pragma unroll
-    for (int j = 0; j < 4; j++)
-      multiply(score[c], widen(low.word[j] & 0xFFFF), widen(high.word[j] & 0xFFFF), widen(low.word[j] >> 16),
-               widen(high.word[j] >> 16), r.word[4 * c + j][0], r.word[4 * c + j][1]);
+    for (int j = 0; j < 4; j++) {
+      u32 a[4];
+      widen_keys(low.word[j], a[0], a[2]), widen_keys(high.word[j], a[1], a[3]);
+      multiply(score[c], a[0], a[1], a[2], a[3], r.word[4 * c + j][0], r.word[4 * c + j][1]);
+    }
   }
 #pragma unroll
   for (int i = 0; i < 4; i++) t[i] = (score[0][i] + score[1][i]) * r.factor[i % 2];
