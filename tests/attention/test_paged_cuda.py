@@ -14,7 +14,10 @@ from fp8.fused.rope.reference import tables
 from fp8.serve.batch import Batch
 from sass import resources
 
-CONSTANTS = {"GROUP": 4, "E4M3": 1, "DYNAMIC": 1, "PAGE": 64, "PART": 512, "FEW": 128, "SHORT": 2048, "WARPS": 4, "STAGES": 3, "TURN": 1, "BITS": 1}
+CONSTANTS = {
+    "GROUP": 4, "E4M3": 1, "DYNAMIC": 1, "PAGE": 64, "PART": 512, "FEW": 128, "SHORT": 2048, "WARPS": 4, "STAGES": 3,
+    "TURN": 1, "BITS": 1,
+}  # fmt: skip
 gpu = pytest.mark.gpu
 KV = 2
 

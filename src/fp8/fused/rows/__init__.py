@@ -18,7 +18,7 @@ from ...formats import Format
 from ...quantize.record import Quantized
 from ...tile import Tile
 
-__all__ = ["BACKENDS", "Into", "gated_codes", "gated_values", "norm_codes", "row_codes"]
+__all__ = ["BACKENDS", "Into", "gated_codes", "gated_values", "norm_codes", "norm_values", "row_codes"]
 
 LONGEST = 16384  # columns that stay in registers
 
@@ -38,7 +38,6 @@ class Into:
         if self.scale is not None:
             return "given"
         return {"row": "row", "1x128": "group"}.get(str(self.tile))
-
 
     @property
     def joinable(self) -> bool:
@@ -81,6 +80,11 @@ BACKENDS = (
 def norm_codes(h: Tensor, weight: Tensor, eps: float, into: Into) -> Quantized:
     """The codes of the RMS norm, in BF16, of each row of h [T, K]."""
     return _choose("norm_codes", h, h.shape[1], into, weight)(h, weight, eps, into)
+
+
+def norm_values(h: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The RMS norm of each row of h [T, K], BF16."""
+    return _choose("norm_values", h, h.shape[1], None, weight)(h, weight, eps)
 
 
 def gated_codes(gate_up: Tensor, into: Into) -> Quantized:

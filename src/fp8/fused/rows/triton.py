@@ -79,15 +79,22 @@ def row_codes(x: Tensor, into: Into) -> Quantized:
     return _run("plain", x.contiguous(), x, 0.0, x.shape[1], into)
 
 
+def norm_values(h: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _values("norm", h.contiguous(), weight, eps, h.shape[1])
+
+
 def gated_values(gate_up: Tensor) -> Tensor:
-    rows, cols = len(gate_up), gate_up.shape[1] // 2
-    y = torch.empty(rows, cols, dtype=torch.bfloat16, device=gate_up.device)
-    if rows:
+    return _values("gated", gate_up.contiguous(), gate_up, 0.0, gate_up.shape[1] // 2)
+
+
+def _values(producer: str, x: Tensor, weight: Tensor, eps: float, cols: int) -> Tensor:
+    y = torch.empty(len(x), cols, dtype=torch.bfloat16, device=x.device)
+    if len(x):
         wide = max(triton.next_power_of_2(cols), 128)
-        rows_to_codes[(rows,)](
-            gate_up.contiguous(), gate_up, y, gate_up, gate_up, cols, 0.0, 0, 0,
-            PRODUCER="gated", MODE="values", E4M3=True, POWER=True, BN=wide, num_warps=_warps(wide),
-            enable_fp_fusion=False, AHEAD=triton_launch.LAUNCH, launch_pdl=triton_launch.LAUNCH,
+        rows_to_codes[(len(x),)](
+            x, weight, y, x, x, cols, eps, 0, 0, PRODUCER=producer, MODE="values", E4M3=True, POWER=True, BN=wide,
+            num_warps=_warps(wide), enable_fp_fusion=False, AHEAD=triton_launch.LAUNCH,
+            launch_pdl=triton_launch.LAUNCH,
         )  # fmt: skip
     return y
 
