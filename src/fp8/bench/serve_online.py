@@ -37,7 +37,8 @@ from typing import Any
 
 from ..errors import BackendError, ConfigError
 from .machine import machine, save
-from .serve import ARMS, percentiles
+from .serve import ARMS
+from .serve_row import percentiles
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, RequestError
 from . import graphs
-from .inputs import batch_of, empty, fetch, gather, send
+from .inputs import Arrays, batch_of, empty, fetch, gather, send
 from .pages import PagePool
 from .params import EngineOptions
 from .request import EngineStats, Finish, Logprob, Output, Request, TokenLogprobs
@@ -87,6 +88,8 @@ class Engine:
         if asked is not None and asked > held:
             raise ConfigError(f"max_model_len={asked} is more than the {held} positions that the model was made for.")
         self.rows = self.options.max_running if self.options.deterministic else 0
+        self._step_tokens = self.rows or self.options.max_step_tokens
+        self.sampler = Sampler(self.options.max_running, model.config.vocab_size, self.device)
         pages = self.options.pages or self._affordable(kv_cache_dtype, asked or held)
         self.max_model_len = min(asked or held, pages * self.options.page_size + 1)
         if asked is not None and asked > self.max_model_len:
@@ -99,11 +102,10 @@ class Engine:
             PagePool(pages),
             self.options.page_size,
             max_running=self.options.max_running,
-            max_step_tokens=self.rows or self.options.max_step_tokens,
+            max_step_tokens=self._step_tokens,
             prefix_caching=self.options.prefix_caching,
         )
-        self.sampler = Sampler(self.options.max_running, model.config.vocab_size, self.device)
-        self.graphs = self._capture()
+        self.graphs = self._warm_up()
         self._live: dict[str, Sequence] = {}
         self._flight: Flight | None = None
         self._ended: list[Output] = []
@@ -214,9 +216,7 @@ class Engine:
         decode = all(w.new == 1 and w.sampled and not w.told for w in work)
         if decode and self.graphs is not None and self.graphs.size_for(len(work)):
             return self.graphs(gather(work, self.options.page_size, width=self.graphs.width))
-        arrays = gather(work, self.options.page_size, rows=self.rows)
-        sent = send(arrays, self.device)
-        return self.model(batch_of(sent, self.sampler.last, one_kernel=self.rows > 0), self.cache)
+        return self._compute(gather(work, self.options.page_size, rows=self.rows), self.cache)
 
     def _row(self, work: Work) -> Row:
         sequence, params = work.sequence, work.sequence.request.params
@@ -351,7 +351,7 @@ class Engine:
         page = self.model.new_cache(1, size, dtype).nbytes
         if self.device.type == "cuda":
             with self._there():
-                step = self._measure(dtype)
+                step = self._measure(dtype, longest)
             free, total = torch.cuda.mem_get_info(self.device)
             room = free - int((1 - self.options.memory_fraction) * total) - step
         else:
@@ -363,27 +363,56 @@ class Engine:
             )
         return room // page
 
-    @torch.no_grad()
-    def _measure(self, dtype: str) -> int:
-        """Bytes that the largest step takes beside weights and cache; the sampler's share is reckoned."""
-        rows = self.rows or self.options.max_step_tokens
-        arrays = empty(rows, 1)
-        arrays["wanted"] = arrays["wanted"][: self.options.max_running]
-        last = torch.zeros(1, dtype=torch.int64, device=self.device)
+    def _measure(self, dtype: str, longest: int) -> int:
+        """Bytes that steps take beside weights and cache: the largest prompts, the widest captured decode step with the
+        logits of all graphs, and, reckoned, the sampler."""
+        cache = self.model.new_cache(1, self.options.page_size, dtype)
+        rows, vocabulary = self.options.max_running, self.model.config.vocab_size
+        peak = self._peak(self._prompts(-(-self._step_tokens // longest), longest), cache)
+        if sizes := self._graph_sizes():
+            width = -(-longest // self.options.page_size)
+            peak += self._peak(empty(sizes[-1], width), cache) + 4 * vocabulary * sum(sizes)
+        torch.cuda.empty_cache()
+        return peak + 52 * rows * vocabulary  # logits, sorted, twice, in int64 and FP32
+
+    def _peak(self, arrays: Arrays, cache: Any) -> int:
+        """Bytes that a step over these inputs takes while it runs."""
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        cache = self.model.new_cache(1, self.options.page_size, dtype)
-        self.model(batch_of(send(arrays, self.device), last), cache)
-        peak = torch.cuda.max_memory_allocated(self.device) - before
-        sampling = 48 * self.options.max_running * self.model.config.vocab_size  # sorted, twice, in int64 and FP32
-        torch.cuda.empty_cache()
-        return peak + sampling
+        self._compute(arrays, cache)
+        return torch.cuda.max_memory_allocated(self.device) - before
 
-    def _capture(self) -> graphs.DecodeGraphs | None:
+    def _prompts(self, count: int, longest: int) -> Arrays:
+        """The inputs of a step of so many prompts, at least one, as long as they may be, of which nothing is stored."""
+        count = max(1, min(count, self.options.max_running, self._step_tokens))
+        new = min(self._step_tokens // count, longest)
+        prompt: Any = SimpleNamespace(tokens=[0] * new, pages=[0] * -(-new // self.options.page_size))
+        arrays = gather([Work(prompt, 0, new, range(0), True, False)] * count, self.options.page_size, rows=self.rows)
+        return arrays | {"slots": np.full_like(arrays["slots"], -1)}
+
+    @torch.no_grad()
+    def _compute(self, arrays: Arrays, cache: Any) -> Tensor:
+        """The logits of a step that is not captured."""
+        sent = send(arrays, self.device)
+        return self.model(batch_of(sent, self.sampler.last, one_kernel=self.rows > 0), cache)
+
+    def _graph_sizes(self) -> list[int]:
+        """The numbers of rows to capture, the smallest first; none where nothing is."""
         if self.device.type != "cuda" or not self.options.graphs or not getattr(self.model, "capturable", True):
+            return []
+        most = self.options.max_running
+        return [self.rows] if self.rows else sorted(self.options.graph_sizes or graphs.sizes_up_to(most))
+
+    def _warm_up(self) -> graphs.DecodeGraphs | None:
+        """On a GPU, run every kind of step once, so that kernels are compiled before anybody waits for them, and
+        capture those that are replayed."""
+        if self.device.type != "cuda":
             return None
-        sizes = [self.rows] if self.rows else graphs.sizes_up_to(self.options.max_running)
         with torch.no_grad(), self._there():
+            for power in range(self.options.max_running.bit_length()):
+                self._compute(self._prompts(1 << power, self.max_model_len), self.cache)
+            if not (sizes := self._graph_sizes()):
+                return None
             width = self.scheduler.pages_for(self.max_model_len)
             last = self.sampler.last
             return graphs.DecodeGraphs(self.model, self.cache, last, sizes, width, one_kernel=self.rows > 0)

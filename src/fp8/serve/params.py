@@ -121,6 +121,7 @@ class EngineOptions:
     max_step_tokens   new tokens in one step: a longer prompt enters in chunks, so that others are not kept waiting
     prefix_caching    prompts that begin alike share their pages
     graphs            on a GPU, a decode step is one CUDA graph
+    graph_sizes       numbers of rows that are captured; None: up to max_running, a third or less apart
     deterministic     every step has max_running rows, filled up: products of one shape, so that on a GPU no result
                       depends on the company. On a CPU that is so without it
     max_model_len     most tokens of prompt and answer; None: the model's
@@ -133,6 +134,7 @@ class EngineOptions:
     max_step_tokens: int = 8192
     prefix_caching: bool = True
     graphs: bool = True
+    graph_sizes: tuple[int, ...] | None = None
     deterministic: bool = False
     max_model_len: int | None = None
 
@@ -143,6 +145,8 @@ class EngineOptions:
                 continue
             if not _whole(value) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a whole number above 0.")
+        if wrong := [size for size in self.graph_sizes or () if not _whole(size) or size < 1]:
+            raise ConfigError(f"graph_sizes holds {wrong[0]!r}, which is no number of rows.")
         if not _number(self.memory_fraction) or not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction={self.memory_fraction!r} must be above 0 and at most 1.")
 
