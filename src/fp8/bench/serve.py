@@ -298,7 +298,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser("fp8 bench serve", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        "fp8 bench serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="bench/results", help="folder for serve.json and serve.png")
     parser.add_argument("--model", default="llama-3-8b", help="a name of fp8 plan, or a config.json")
     parser.add_argument("--rows", nargs="+", default=[f"{b}x{p}" for b, p in ROWS], help="batch x prompt, as 16x1024")
