@@ -137,7 +137,7 @@ def arrays_of(rows: Rows[Row], vocab_size: int) -> Arrays:
     """The parameters of the rows, an array each, and all changes of single logits."""
     params = [row.params for row in rows]
     floats = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
-    kept = [p.top_k if p.top_k > 0 else vocab_size for p in params]
+    kept = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
     changes = [dict(row.params.logit_bias or {}) | dict.fromkeys(row.banned, -np.inf) for row in rows]
     flat = [(i, token, value) for i, change in enumerate(changes) for token, value in change.items()]
     return {name: np.array([getattr(p, name) for p in params], dtype=np.float32) for name in floats} | {
