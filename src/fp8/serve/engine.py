@@ -224,7 +224,8 @@ class Engine:
         early = position - sequence.prompt_length < params.min_tokens
         banned = tuple(t for t in sequence.ends if t < self.sampler.vocab_size) if early else ()
         assert sequence.seat is not None
-        return Row(params, sequence.seat, uniform(sequence.request.seed, position), banned)
+        u = uniform(sequence.request.seed, position) if params.temperature else 0.0
+        return Row(params, sequence.seat, u, banned)
 
     def _tell_prompts(self, logits: Tensor, told: list[Work]) -> Told:
         tokens = np.array([w.sequence.tokens[p + 1] for w in told for p in w.told], dtype=np.int64)

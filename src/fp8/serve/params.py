@@ -114,6 +114,11 @@ class SamplingParams:
         """Whether the tokens so far change the next logits."""
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
 
+    @property
+    def plain(self) -> bool:
+        """Whether the largest logit, as it comes, is the next token."""
+        return self.temperature == 0 and not self.penalized and not self.logit_bias
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:

@@ -104,10 +104,10 @@ class Scheduler:
     def publish(self, sequence: Sequence) -> None:
         """Let others find its pages that are full and whose tokens are known."""
         full = min(sequence.computed, len(sequence.tokens)) // self.page_size
-        if self.prefix_caching and sequence.seat is not None:
+        if self.prefix_caching and sequence.seat is not None and full > sequence.published:
             for i in range(sequence.published, full):
                 self.pool.name(sequence.pages[i], sequence.name(i, self.page_size))
-            sequence.published = max(sequence.published, full)
+            sequence.published = full
 
     def conceal(self, sequence: Sequence) -> None:
         """Let nobody find its pages, unless somebody shares them: what they hold is not to be trusted."""
