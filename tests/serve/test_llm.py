@@ -13,6 +13,7 @@ from rich.console import Console
 
 import fp8
 import tiny_models
+from fp8.checkpoint import Options, quantize_folder
 from fp8.cli import main
 from fp8.errors import ConfigError, DataError, RequestError
 from fp8.serve import SamplingParams
@@ -43,6 +44,14 @@ def test_the_articles_three_lines_run_with_one_import_changed(folder: Any, tmp_p
     llm = LLM(model="meta-llama/Llama-3.1-70B-Instruct", kv_cache_dtype="fp8")
     (output,) = llm.generate("Hello, my name is")
     assert output.outputs[0].finish_reason in ("length", "stop") and len(output.outputs[0].token_ids) <= 16
+
+
+def test_a_file_may_be_called_by_its_own_method(folder: Any, tmp_path: Any) -> None:
+    quantize_folder(folder, tmp_path / "fp8", Options())
+    llm = fp8.LLM(tmp_path / "fp8", quantization="compressed-tensors", enable_chunked_prefill=True, device="cpu")
+    assert llm.generate("one", use_tqdm=False)[0].outputs[0].token_ids
+    with pytest.raises(ConfigError, match="quantization cannot be 'compressed-tensors'"):
+        fp8.LLM(folder, quantization="compressed-tensors", device="cpu")
 
 
 def test_importing_fp8_opens_no_serving_room() -> None:

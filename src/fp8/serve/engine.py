@@ -136,10 +136,15 @@ class Engine:
         if not prompt:
             raise RequestError(f"the prompt of request {name!r} is empty: give at least one token.")
         if len(prompt) >= self.max_model_len:
+            room = self.scheduler.pool.total * self.options.page_size
+            more = (
+                f", or give the engine more pages: its cache holds {room}"
+                if room < self.model.config.max_positions
+                else ""
+            )
             raise RequestError(
                 f"the prompt of request {name!r} has {len(prompt)} tokens; with one token of an answer, this engine "
-                f"holds {self.max_model_len} (the model {self.model.config.max_positions}, the cache "
-                f"{self.scheduler.pool.total * self.options.page_size}): cut the prompt, or give the engine more pages."
+                f"holds {self.max_model_len}: cut the prompt{more}."
             )
         named = {"the prompt": prompt, "logit_bias": p.logit_bias or {}, "stop_token_ids": p.stop_token_ids or ()}
         for what, tokens in named.items():

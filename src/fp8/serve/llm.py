@@ -34,7 +34,11 @@ from .tokenizer import Message, Tokenizer, read_tokenizer
 Prompt = str | Sequence[int] | Mapping[str, Any]  # a text, tokens, {"prompt": text} or {"prompt_token_ids": tokens}
 CACHES = {"auto": "bf16", "bfloat16": "bf16", "bf16": "bf16", "fp8": "fp8", "fp8_e4m3": "e4m3", "e4m3": "e4m3"}
 CACHES |= {"fp8_e5m2": "e5m2", "e5m2": "e5m2"}
-ONLY = {"tensor_parallel_size": (1,), "pipeline_parallel_size": (1,), "dtype": ("auto", "bfloat16")}
+ONLY = {  # arguments of vLLM's that may ask for what is so anyway
+    "tensor_parallel_size": (1,), "pipeline_parallel_size": (1,), "dtype": ("auto", "bfloat16"),
+    "trust_remote_code": (False,), "enable_chunked_prefill": (True, None), "tokenizer_mode": ("auto",),
+    "load_format": ("auto", "safetensors"),
+}  # fmt: skip
 WORDS = {  # vLLM's, for those of `EngineOptions`
     "block_size": "page_size", "gpu_memory_utilization": "memory_fraction", "max_num_seqs": "max_running",
     "num_gpu_blocks_override": "pages", "max_num_batched_tokens": "max_step_tokens",
@@ -85,7 +89,8 @@ class LLM:
 
     model            the folder of a checkpoint: BF16, or FP8 as `fp8 quantize` and others write it
     tokenizer        a folder to read it from instead, or "bytes"
-    quantization     None: as the file says; "fp8": quantize a BF16 checkpoint while it is loaded
+    quantization     None, or the file's own method by name: as the file says; "fp8": quantize a BF16 checkpoint while
+                     it is loaded
     kv_cache_dtype   "fp8" (E4M3), "fp8_e5m2", or "auto" (BF16)
     max_model_len, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization, enable_prefix_caching, block_size,
     num_gpu_blocks_override, enforce_eager
@@ -133,6 +138,8 @@ class LLM:
         folder = Path(model).expanduser()
         self.tokenizer: Tokenizer | None = read_tokenizer(folder, tokenizer)
         self._defaults = sampling_defaults(folder)
+        if quantization is not None and quantization == method_of(folder):
+            quantization = None
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         served = load_model(folder, device=device, quantization=quantization)
         with in_their_words():
@@ -311,6 +318,12 @@ def refuse(others: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name}={value!r}: here it is {' or '.join(map(repr, ONLY[name]))}.")
         known = [n for n in LLM.__init__.__annotations__ if n not in ("others", "return")]
         raise ConfigError(f"LLM has no argument {name!r}. {suggest(name, known)}")
+
+
+def method_of(folder: Path) -> str | None:
+    """How a checkpoint was quantized, as it says itself: "compressed-tensors", "fp8"; None: it was not."""
+    path = folder / "config.json"
+    return (read_json(path).get("quantization_config") or {}).get("quant_method") if path.is_file() else None
 
 
 def sampling_defaults(folder: Path) -> dict[str, Any]:
