@@ -167,7 +167,7 @@ def test_one_bad_prompt_refuses_the_call(llm: fp8.LLM, prompts: Any, params: Any
         ("max_num_batched_tokens", 33, lambda e: e.scheduler.max_step_tokens),
         ("enable_prefix_caching", False, lambda e: e.scheduler.prefix_caching),
         ("max_model_len", 40, lambda e: e.max_model_len),
-        ("deterministic", True, lambda e: e.rows > 0),
+        ("deterministic", True, lambda e: e.forward.rows > 0),
         ("enforce_eager", True, lambda e: not e.options.graphs),
         ("gpu_memory_utilization", 0.5, lambda e: e.options.memory_fraction),
     ],

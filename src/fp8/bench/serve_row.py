@@ -138,7 +138,7 @@ def probe(engine: Engine, clock: Clock) -> dict[str, float]:
         host.append(time.perf_counter() - start)
         clock.tick(outputs)
     found = {"host": statistics.median(host)}
-    if engine.graphs is not None and (graph := engine.graphs.of(clock.row.batch)) is not None:
+    if engine.forward.graphs is not None and (graph := engine.forward.graphs.of(clock.row.batch)) is not None:
         after = last.clone()
         last.copy_(before)
         found["device"] = replayed(graph)

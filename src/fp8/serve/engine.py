@@ -1,7 +1,7 @@
 """The engine: requests in, outputs out, one step at a time.
 
-    add ─► Scheduler.plan ─► inputs ─► model ─► Sampler ─► Flight ─► settle ─► Output
-               host           one copy   device launches    tokens on the way to the host
+    add ─► Scheduler.plan ─► Forward ─► Sampler ─► Flight ─► settle ─► Output
+               host            device launches      tokens on the way to the host
 
 **One step ahead.** `step` plans and launches a step, and only then reads the tokens of the step before. So the device
 has work while the host looks at tokens, writes text and plans, and nothing waits for the host between two tokens: the
@@ -24,10 +24,8 @@ would have written is not found by anybody; the engine goes on. Not thread-safe:
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,8 +33,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, RequestError
-from . import graphs
-from .inputs import Arrays, batch_of, empty, fetch, gather, send
+from .forward import Forward
+from .inputs import fetch, send
 from .pages import PagePool
 from .params import EngineOptions
 from .request import EngineStats, Finish, Logprob, Output, Request, TokenLogprobs
@@ -45,8 +43,6 @@ from .scheduler import Scheduler, Work
 from .sequence import Sequence
 from .text import Writer
 from .tokenizer import Tokenizer
-
-CPU_CACHE_BYTES = 1 << 30  # most that a cache takes on a CPU, unless `pages` says otherwise
 
 
 @dataclass(frozen=True)
@@ -87,10 +83,9 @@ class Engine:
         held, asked = model.config.max_positions, self.options.max_model_len
         if asked is not None and asked > held:
             raise ConfigError(f"max_model_len={asked} is more than the {held} positions that the model was made for.")
-        self.rows = self.options.max_running if self.options.deterministic else 0
-        self._step_tokens = self.rows or self.options.max_step_tokens
         self.sampler = Sampler(self.options.max_running, model.config.vocab_size, self.device)
-        pages = self.options.pages or self._affordable(kv_cache_dtype, asked or held)
+        self.forward = Forward(model, self.options, self.sampler.last)
+        pages = self.options.pages or self.forward.affordable(kv_cache_dtype, asked or held)
         self.max_model_len = min(asked or held, pages * self.options.page_size + 1)
         if asked is not None and asked > self.max_model_len:
             raise ConfigError(
@@ -102,10 +97,10 @@ class Engine:
             PagePool(pages),
             self.options.page_size,
             max_running=self.options.max_running,
-            max_step_tokens=self._step_tokens,
+            max_step_tokens=self.forward.most,
             prefix_caching=self.options.prefix_caching,
         )
-        self.graphs = self._warm_up()
+        self.forward.open(self.cache, self.max_model_len)
         self._live: dict[str, Sequence] = {}
         self._flight: Flight | None = None
         self._ended: list[Output] = []
@@ -166,7 +161,7 @@ class Engine:
         """Launch one more step, if there is work, and tell what became of requests in the step before."""
         work = self.scheduler.plan()
         try:
-            with self._there():
+            with self.forward.there():
                 launched = self._launch(work) if work else None
         except BaseException:
             self._undo(work)
@@ -202,7 +197,7 @@ class Engine:
         for w in work:
             if w.fresh:
                 self.sampler.seat(w.sequence)
-        logits = self._forward(work)
+        logits = self.forward(work)
         chosen, told = [w for w in work if w.sampled], [w for w in work if w.told]
         tokens = self.sampler(logits[: len(chosen)], [self._row(w) for w in chosen]) if chosen else logits.new_zeros(0)
         asked = max((w.sequence.request.params.logprobs or 0 for w in chosen), default=0)
@@ -215,13 +210,6 @@ class Engine:
             event = torch.cuda.Event()
             event.record()
         return Flight([w.sequence for w in chosen], told, tokens, logprobs, prompt_logprobs, event)
-
-    def _forward(self, work: list[Work]) -> Tensor:
-        """Logits of the rows that are sampled, then of those of prompts, then perhaps of rows that fill up."""
-        decode = all(w.new == 1 and w.sampled and not w.told for w in work)
-        if decode and self.graphs is not None and self.graphs.size_for(len(work)):
-            return self.graphs(gather(work, self.options.page_size, width=self.graphs.width))
-        return self._compute(gather(work, self.options.page_size, rows=self.rows), self.cache)
 
     def _row(self, work: Work) -> Row:
         sequence, params = work.sequence, work.sequence.request.params
@@ -344,81 +332,3 @@ class Engine:
 
     def _text(self, token: int) -> str | None:
         return None if self.tokenizer is None else self.tokenizer.decode([token], skip_special_tokens=False)
-
-    # ------------------------------------------------------------------ beginning
-
-    def _there(self) -> Any:
-        """The GPU, in a process with several: events, graphs and kernels belong to the current one."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-
-    def _affordable(self, dtype: str, longest: int) -> int:
-        """Pages for the memory that is left; on a CPU not more than could be used."""
-        size = self.options.page_size
-        page = self.model.new_cache(1, size, dtype).nbytes
-        if self.device.type == "cuda":
-            with self._there():
-                step = self._measure(dtype, longest)
-            free, total = torch.cuda.mem_get_info(self.device)
-            room = free - int((1 - self.options.memory_fraction) * total) - step
-        else:
-            room = min(CPU_CACHE_BYTES, page * self.options.max_running * -(-longest // size))
-        if room < page:
-            raise ConfigError(
-                f"no memory is left for a cache: a page takes {page:,} bytes, and {max(room, 0):,} are free. Raise "
-                "memory_fraction, lower max_step_tokens or max_running, or quantize the model."
-            )
-        return room // page
-
-    def _measure(self, dtype: str, longest: int) -> int:
-        """Bytes that steps take beside weights and cache: the largest prompts, the widest captured decode step with the
-        logits of all graphs, and, reckoned, the sampler."""
-        cache = self.model.new_cache(1, self.options.page_size, dtype)
-        rows, vocabulary = self.options.max_running, self.model.config.vocab_size
-        peak = self._peak(self._prompts(-(-self._step_tokens // longest), longest), cache)
-        if sizes := self._graph_sizes():
-            width = -(-longest // self.options.page_size)
-            peak += self._peak(empty(sizes[-1], width), cache) + 4 * vocabulary * sum(sizes)
-        torch.cuda.empty_cache()
-        return peak + 52 * rows * vocabulary  # logits, sorted, twice, in int64 and FP32
-
-    def _peak(self, arrays: Arrays, cache: Any) -> int:
-        """Bytes that a step over these inputs takes while it runs."""
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        self._compute(arrays, cache)
-        return torch.cuda.max_memory_allocated(self.device) - before
-
-    def _prompts(self, count: int, longest: int) -> Arrays:
-        """The inputs of a step of so many prompts, at least one, as long as they may be, of which nothing is stored."""
-        count = max(1, min(count, self.options.max_running, self._step_tokens))
-        new = min(self._step_tokens // count, longest)
-        prompt: Any = SimpleNamespace(tokens=[0] * new, pages=[0] * -(-new // self.options.page_size))
-        arrays = gather([Work(prompt, 0, new, range(0), True, False)] * count, self.options.page_size, rows=self.rows)
-        return arrays | {"slots": np.full_like(arrays["slots"], -1)}
-
-    @torch.no_grad()
-    def _compute(self, arrays: Arrays, cache: Any) -> Tensor:
-        """The logits of a step that is not captured."""
-        sent = send(arrays, self.device)
-        return self.model(batch_of(sent, self.sampler.last, one_kernel=self.rows > 0), cache)
-
-    def _graph_sizes(self) -> list[int]:
-        """The numbers of rows to capture, the smallest first; none where nothing is."""
-        if self.device.type != "cuda" or not self.options.graphs or not getattr(self.model, "capturable", True):
-            return []
-        most = self.options.max_running
-        return [self.rows] if self.rows else sorted(self.options.graph_sizes or graphs.sizes_up_to(most))
-
-    def _warm_up(self) -> graphs.DecodeGraphs | None:
-        """On a GPU, run every kind of step once, so that kernels are compiled before anybody waits for them, and
-        capture those that are replayed."""
-        if self.device.type != "cuda":
-            return None
-        with torch.no_grad(), self._there():
-            for power in range(self.options.max_running.bit_length()):
-                self._compute(self._prompts(1 << power, self.max_model_len), self.cache)
-            if not (sizes := self._graph_sizes()):
-                return None
-            width = self.scheduler.pages_for(self.max_model_len)
-            last = self.sampler.last
-            return graphs.DecodeGraphs(self.model, self.cache, last, sizes, width, one_kernel=self.rows > 0)
