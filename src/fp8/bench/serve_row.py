@@ -130,8 +130,9 @@ def requests(row: Row, vocabulary: int) -> Iterable[Request]:
 def probe(engine: Engine, clock: Clock) -> dict[str, float]:
     """Seconds of the host alone and of the device alone; some steps pass."""
     host, last = [], engine.sampler.last
+    before = last.clone()
     for _ in range(PROBES):
-        before = last.clone()
+        before.copy_(last)
         torch.cuda.synchronize()
         start = time.perf_counter()
         outputs = engine.step()
