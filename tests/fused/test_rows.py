@@ -39,6 +39,8 @@ def codes_are_those_of_the_definition(rows: int, cols: int, device: torch.device
     half[0, :2], half[-1, 3] = torch.tensor([float("nan"), float("inf")]), -0.0
     need = reference.gated_values(x).float()
     assert ((kernel.gated_values(x).float() - need).abs() <= 2.0**-7 * need.abs() + 1e-30).all()
+    normed = kernel.norm_values(half[1:], weight, 1e-5)
+    assert torch.equal(normed.view(torch.int16), reference.norm_values(half[1:], weight, 1e-5).view(torch.int16))
     for into in intos(device):
         if kernel is cuda and into.format.name != "e4m3":
             continue

@@ -74,6 +74,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     if (reason := cuda_on_cpu.why_not()) is not None:
         pytest.skip(reason)
     cuda_on_cpu.on_cpu(monkeypatch)
+    monkeypatch.setattr(cuda, "plan", lambda cols, depth, tokens: cuda.Plan(2, 4, 3))  # a thread here is a thread
 
 
 @pytest.mark.parametrize(
@@ -103,9 +104,9 @@ def test_here_bf16_sums_in_fp32(here) -> None:
 
 
 def test_here_x_may_be_kept_and_units_be_of_any_size(here) -> None:
-    x, w = operands(11, 300, 2080, ("row", "row"))
+    x, w = operands(11, 200, 1040, ("row", "row"))
     expected = cuda.skinny(x, w, torch.float32, None, None, cuda.Plan(1, 4, 2))
-    for sixteens, stages, keep in ((1, 3, True), (2, 2, True), (3, 4, False), (3, 2, True)):
+    for sixteens, stages, keep in ((2, 3, True), (3, 2, True)):
         use = cuda.Plan(sixteens, 4, stages, keep)
         assert torch.equal(cuda.skinny(x, w, torch.float32, None, None, use), expected)
 

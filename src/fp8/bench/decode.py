@@ -39,7 +39,7 @@ from ..backends import function
 from ..formats import format_of
 from ..fused.rows import Into
 from ..fused.rows import cuda as rows_in_cuda
-from ..matmul.skinny import cuda
+from ..matmul.skinny import cuda, wgmma
 from ..quantize import quantize
 from ..quantize.record import Quantized
 from ..serve.batch import Batch
@@ -53,7 +53,7 @@ MATRICES = {"qkv": (6144, 4096), "out": (4096, 4096), "gate, up": (28672, 4096),
 HEAD = {"head": (128256, 4096)}
 ROWS = (1, 4, 16, 32, 64)
 APART = 400e6  # bytes of copies that are gone through
-Product = Callable[[Any], Tensor]
+Product = Callable[..., Tensor]
 CACHES = ((16, 1024), (64, 1024), (16, 16384), (64, 8192))  # sequences, keys
 E4M3 = torch.float8_e4m3fn
 HEADS, KV, WIDTH, PAGE = 32, 8, 128, 64
@@ -85,8 +85,9 @@ def products(rows: int, depth: int) -> Iterator[tuple[str, bool, Product]]:
     """(name, whether in FP8, product) of each implementation that takes so many rows."""
     x = torch.randn(rows, depth, device="cuda", dtype=torch.bfloat16)
     codes = quantize(x, "e4m3", "row")
-    for name, early in (("cuda early", True), ("cuda", False)) if rows <= cuda.MOST_ROWS else ():
-        yield name, True, lambda w, early=early: cuda.skinny(codes, w, torch.bfloat16, None, None, early=early)
+    ours = cuda if rows <= cuda.MOST_ROWS else wgmma
+    for name, early in (("cuda early", True), ("cuda", False)):
+        yield name, True, lambda w, early=early: ours.skinny(codes, w, torch.bfloat16, None, None, early=early)
     if find_spec(TRITON) is not None:
         run = function(TRITON, "skinny")
         yield "triton", True, lambda w: run(codes, w, torch.bfloat16, None, None)
@@ -154,8 +155,7 @@ def layers(rows: int, count: int = 8) -> list[dict[str, Any]]:
     """Microseconds a layer of its row kernels and products in a row; `ahead` launches Triton's kernels early too."""
     each = {name: weights(shape, True)[:count] for name, shape in MATRICES.items()}
     run = {"triton": function(TRITON, "skinny")} if find_spec(TRITON) is not None else {}
-    if rows <= cuda.MOST_ROWS:
-        run["cuda"] = cuda.skinny
+    run["cuda"] = cuda.skinny if rows <= cuda.MOST_ROWS else wgmma.skinny
     found = []
     for (of_rows, calls), (of_products, product), ahead in itertools.product(
         row_kernels(rows).items(), run.items(), (False, True)
@@ -263,21 +263,24 @@ def attention(sequences: int, length: int, others: bool) -> list[dict[str, Any]]
     return found
 
 
-def plans(name: str, shape: tuple[int, int], fp8: bool) -> list[dict[str, Any]]:
-    """Other plans of the CUDA kernel, with early launch; ours is marked."""
+def plans(name: str, shape: tuple[int, int], rows: int, fp8: bool = True) -> list[dict[str, Any]]:
+    """Other plans of the CUDA kernels, with early launch; ours is marked."""
     over, found, size = weights(shape, fp8), [], 1 if fp8 else 2
-    for rows in (1, 16):
-        tokens, x = 8 * (1 + rows // 16), torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
-        operand = quantize(x, "e4m3", "row") if fp8 else x
-        for sixteens, stages, keep in itertools.product((2, 3), (2, 3, 4), (False, True)):
-            use = cuda.Plan(sixteens, 16, stages, keep)
-            if use.shared(tokens, shape[1] * size) > cuda.SHARED:
-                continue
-            us = timed(lambda w, x=operand, u=use: cuda.skinny(x, w, torch.bfloat16, None, None, u), over)
-            share = shape[0] * shape[1] * size / us / 1e-6 / PEAK if isinstance(us, float) else None
-            ours = "*" if use == cuda.plan(shape[0], shape[1] * size, tokens) else ""
-            which = f"{ours}{sixteens}x{stages}{' keep' if keep else ''}"
-            found.append({"matrix": name, "rows": rows, "product": which, "us": us, "share": share})
+    x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
+    operand, tokens, depth = quantize(x, "e4m3", "row") if fp8 else x, max(8, rows), shape[1] * size
+    uses: list[tuple[Any, Any]] = []
+    if rows <= cuda.MOST_ROWS:
+        uses += [(cuda, cuda.Plan(r, 16, s, k)) for r in (2, 3) for s in (2, 3, 4) for k in (False, True)]
+    if fp8:
+        uses += [(wgmma, wgmma.Plan(c, g, s)) for c in (4, 8) for g in (2, 3, 4) for s in (3, 4, 5, 8)]
+    for kernel, use in uses:
+        if use.shared(tokens, depth) > cuda.SHARED:
+            continue
+        us = timed(lambda w, u=use, k=kernel: k.skinny(operand, w, torch.bfloat16, None, None, u), over)
+        share = shape[0] * depth / us / 1e-6 / PEAK if isinstance(us, float) else None
+        ours = "*" if use == kernel.plan(shape[0], depth, tokens) else ""
+        which = f"{ours}{kernel.__name__[-5:]} " + " ".join(str(int(part)) for part in vars(use).values())
+        found.append({"matrix": name, "rows": rows, "product": which, "us": us, "share": share})
     return found
 
 
@@ -298,7 +301,7 @@ def cell(row: dict[str, Any]) -> str:
     )
 
 
-def best(found: list[dict[str, Any]], most: int = 4) -> list[dict[str, Any]]:
+def best(found: list[dict[str, Any]], most: int = 6) -> list[dict[str, Any]]:
     """The fastest few of each matrix and number of rows."""
     kept = []
     for _, group in itertools.groupby(found, lambda row: (row["matrix"], row["rows"])):
@@ -311,7 +314,13 @@ SECTIONS: dict[str, Callable[[], Iterator[list[dict[str, Any]]]]] = {
     "attention": lambda: (attention(*cache, False) for cache in CACHES),
     "rows": lambda: (rows_to_codes(rows) for rows in (1, 16, 64)),
     "layers": lambda: (layers(rows) for rows in (1, 16, 64)),
-    "plans": lambda: (plans(name, shape, fp8) for fp8 in (True, False) for name, shape in MATRICES.items()),
+    "plans": lambda: (
+        plans(name, shape, rows, fp8)
+        for fp8 in (True, False)
+        for rows in (1, 16, 32, 64)
+        if fp8 or rows <= 16
+        for name, shape in MATRICES.items()
+    ),
     "steps": lambda: (run() for run in (steps, lambda: steps(None, "bf16", STEPS[:1]))),
 }
 

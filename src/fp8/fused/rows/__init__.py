@@ -18,7 +18,9 @@ from ...formats import Format
 from ...quantize.record import Quantized
 from ...tile import Tile
 
-__all__ = ["BACKENDS", "Into", "add_norm_codes", "gated_codes", "gated_values", "norm_codes", "row_codes"]
+__all__ = [
+    "BACKENDS", "Into", "add_norm_codes", "gated_codes", "gated_values", "norm_codes", "norm_values", "row_codes",
+]  # fmt: skip
 
 LONGEST = 16384  # columns that stay in registers
 
@@ -86,6 +88,11 @@ def add_norm_codes(h: Tensor, y: Tensor, weight: Tensor, eps: float, into: Into)
     """h + y [T, K] in BF16, and the codes of its RMS norm: for many rows, whose product does not add h itself."""
     request = Request(h.device, len(h), h.shape[1], into, (h.dtype, weight.dtype))
     return choose("add_norm_codes", BACKENDS[1:], request).run(h, y, weight, eps, into)
+
+
+def norm_values(h: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The RMS norm of each row of h [T, K], BF16."""
+    return _choose("norm_values", h, h.shape[1], None, weight)(h, weight, eps)
 
 
 def gated_codes(gate_up: Tensor, into: Into) -> Quantized:

@@ -1,8 +1,9 @@
 """Rows to codes in CUDA C++, for the few rows of a decode step: a launch that costs its latency and no more.
 
-What Triton's kernel beside this one cannot do: join the partitions of attention on the way (`joined_codes`), read the norm's weight before the kernel before has ended, sum by fused
-FP64 operations, and share a long row among the blocks of a cluster. `rows.cu` says how. Codes and scales are the
-reference's in bytes but for the gate's exponential, which is the fast one, the instructions that Triton's takes.
+What Triton's kernel beside this one cannot do: join the partitions of attention on the way (`joined_codes`), read the
+norm's weight before the kernel before has ended, sum by fused FP64 operations, and share a long row among the blocks of
+a cluster. `rows.cu` says how. Codes and scales are the reference's in bytes but for the gate's exponential, which is
+the fast one, the instructions that Triton's takes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 SOURCE = "fused/rows/rows.cu"
 MOST_ROWS = 64
-SHARED_BY = 8  # blocks of a row longer than `ALONE`; an exponential for each column takes one multiprocessor too long
+SHARED_BY = 8  # blocks of a row longer than `ALONE`, which has an exponential for each column
+FEW = 16  # rows; where there are more, two blocks share one
 ALONE = 8192
 PRODUCERS = {"plain": 0, "norm": 1, "gated": 2, "joined": 3}
 MODES = {"given": 0, "row": 1, "group": 2, "values": 3}
@@ -47,7 +49,8 @@ class Parts:
 
     products   FP32 [S, KV, parts, GROUP, 128]: sums of weights times values
     stats      FP32 [S, KV, parts, GROUP, 2]: the reference of the weights' exponents, and their sum
-    lengths    int32 [S]: keys; a sequence has ceil(length / size) partitions, size FEW up to a length of SHORT, then PART
+    lengths    int32 [S]: keys; a sequence has ceil(length / size) partitions, size FEW up to a length of SHORT, then
+               PART
     group      GROUP
     sizes      PART, FEW and SHORT by name
     """
@@ -91,6 +94,12 @@ def row_codes(x: Tensor, into: Into) -> Quantized:
     return _codes("plain", x, x.shape[1], into)
 
 
+def norm_values(h: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = torch.empty_like(h, memory_format=torch.contiguous_format)
+    _launch("norm", "values", h, h.shape[1], True, readable(weight), codes=y.data_ptr(), eps=eps)
+    return y
+
+
 def joined_codes(parts: Parts, into: Into) -> Quantized:
     """The codes of attention's result in BF16, [S, heads * 128]."""
     return _codes("joined", parts, parts.width, into)
@@ -130,10 +139,12 @@ def _launch(
 ) -> None:
     if not len(x):
         return
-    blocks = SHARED_BY if (cols > ALONE or isinstance(x, Parts)) and producer != "norm" else 1
+    long = isinstance(x, Parts) or (cols > ALONE and producer != "norm")
+    blocks = 1 if not long else SHARED_BY if isinstance(x, Parts) or len(x) <= FEW else 2
     constants = {
         "PRODUCER": PRODUCERS[producer], "MODE": MODES[mode], "POWER": int(power), "COLS": cols, "CLUSTER": blocks,
-        "WARPS": min(16, -(-cols // ((256 if isinstance(x, Parts) else 512) * blocks))), "W32": int(weight is not None and weight.dtype == torch.float32),
+        "WARPS": min(16, -(-cols // ((256 if isinstance(x, Parts) else 512) * blocks))),
+        "W32": int(weight is not None and weight.dtype == torch.float32),
     }  # fmt: skip
     if isinstance(x, Parts):
         constants |= {"GROUP": x.group, **x.sizes}

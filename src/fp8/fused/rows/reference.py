@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 def norm_codes(h: Tensor, weight: Tensor, eps: float, into: Into) -> Quantized:
-    return row_codes(norm.values(h, norm.rstd_of(h, eps), weight, torch.bfloat16), into)
+    return row_codes(norm_values(h, weight, eps), into)
+
+
+def norm_values(h: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return norm.values(h, norm.rstd_of(h, eps), weight, torch.bfloat16)
 
 
 def add_norm_codes(h: Tensor, y: Tensor, weight: Tensor, eps: float, into: Into) -> tuple[Tensor, Quantized]:

@@ -96,14 +96,21 @@ def row_codes(x: Tensor, into: Into) -> Quantized:
     return _run("plain", x.contiguous(), x, 0.0, x.shape[1], into)
 
 
+def norm_values(h: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _values("norm", h.contiguous(), weight, eps, h.shape[1])
+
+
 def gated_values(gate_up: Tensor) -> Tensor:
-    rows, cols = len(gate_up), gate_up.shape[1] // 2
-    y = torch.empty(rows, cols, dtype=torch.bfloat16, device=gate_up.device)
-    if rows:
-        x, use = gate_up.contiguous(), plan(rows, cols)
+    return _values("gated", gate_up.contiguous(), gate_up, 0.0, gate_up.shape[1] // 2)
+
+
+def _values(producer: str, x: Tensor, weight: Tensor, eps: float, cols: int) -> Tensor:
+    y = torch.empty(len(x), cols, dtype=torch.bfloat16, device=x.device)
+    if len(x):
+        use = plan(len(x), cols)
         rows_to_codes[(use.programs,)](
-            x, x, x, x, y, x, x, rows, cols, 0.0, 0, 0,
-            PRODUCER="gated", MODE="values", E4M3=True, POWER=True, BN=use.wide, ADD=False, STAGES=use.stages,
+            x, x, x, weight, y, x, x, len(x), cols, eps, 0, 0,
+            PRODUCER=producer, MODE="values", E4M3=True, POWER=True, BN=use.wide, ADD=False, STAGES=use.stages,
             num_warps=use.warps, maxnreg=use.registers, enable_fp_fusion=False,
             AHEAD=triton_launch.LAUNCH, launch_pdl=triton_launch.LAUNCH,
         )  # fmt: skip

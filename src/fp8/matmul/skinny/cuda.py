@@ -49,7 +49,7 @@ class Plan:
 
     sixteens: int
     warps: int = 16
-    stages: int = 4
+    stages: int = 3
     keep: bool = False
 
     def shared(self, tokens: int, depth: int) -> int:
@@ -68,15 +68,15 @@ def busy(units: int) -> float:
 def plan(cols: int, depth: int, tokens: int = 8) -> Plan:
     """For a weight of `cols` rows of `depth` bytes.
 
-    Units of 32 rows, unless 48 or 16 divide the work better by a tenth; then as many steps in flight as there is room
-    for, up to four, with x kept where a multiprocessor reads it more than once.
+    Units of 32 rows, unless 48 or 16 divide the work better by a tenth; then three steps in flight, or two where there
+    is no room, with x kept where a multiprocessor reads it more than once.
 
     >>> [plan(cols, 4096).sixteens for cols in (6144, 4096, 28672, 1024)]
     [3, 2, 2, 1]
     """
     sixteens = max((2, 3, 1), key=lambda r: round(busy(-(-cols // (16 * r))), 1))
     again = -(-cols // (16 * sixteens)) > MULTIPROCESSORS
-    plans = [Plan(sixteens, stages=stages, keep=keep) for keep in (True, False) for stages in (4, 3, 2)]
+    plans = [Plan(sixteens, stages=stages, keep=keep) for keep in (True, False) for stages in (3, 2)]
     return next(p for p in plans if p.keep <= (again and p.stages > 2) and p.shared(tokens, depth) <= SHARED)
 
 

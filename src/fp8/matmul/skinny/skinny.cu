@@ -146,23 +146,23 @@ __device__ __forceinline__ void fetch_tokens(const Operands& o, const Place& at,
 
 // acc += w x^T over one chunk, from the lane's places in both rings.
 __device__ __forceinline__ void accumulate(float (&acc)[R][TILES][4], u32 weights, u32 tokens) {
-  u32 b[TILES][4 / SIZE][2];
+  Fragment w[2 * R], x[TILES];
 #pragma unroll
-  for (int t = 0; t < TILES; t++) {
-    Fragment x = read(tokens + t * LINE);
+  for (int t = 0; t < TILES; t++) x[t] = read(tokens + t * LINE);
 #pragma unroll
-    for (int j = 0; j < 4 / SIZE; j++) operands(x, j, b[t][j][0], b[t][j][1]);
-  }
+  for (int i = 0; i < 2 * R; i++) w[i] = read(weights + i * LINE);
 #pragma unroll
-  for (int r = 0; r < R; r++) {
-    Fragment upper = read(weights + 2 * r * LINE), lower = read(weights + (2 * r + 1) * LINE);
+  for (int j = 0; j < 4 / SIZE; j++) {
+    u32 b[TILES][2];
 #pragma unroll
-    for (int j = 0; j < 4 / SIZE; j++) {
+    for (int t = 0; t < TILES; t++) operands(x[t], j, b[t][0], b[t][1]);
+#pragma unroll
+    for (int r = 0; r < R; r++) {
       u32 a[4];
-      operands(upper, j, a[0], a[2]);
-      operands(lower, j, a[1], a[3]);
+      operands(w[2 * r], j, a[0], a[2]);
+      operands(w[2 * r + 1], j, a[1], a[3]);
 #pragma unroll
-      for (int t = 0; t < TILES; t++) multiply(acc[r][t], a, b[t][j]);
+      for (int t = 0; t < TILES; t++) multiply(acc[r][t], a, b[t]);
     }
   }
 }

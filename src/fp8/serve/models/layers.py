@@ -24,9 +24,9 @@ by row: torch computes what is left over of a vector by another exponential, and
 On a GPU these come from cuBLAS and kernels, in one piece.
 
 **On a GPU** the norm, the gate and the quantization that follows are one launch (`fused/rows`), and products of up to
-64 rows come from `matmul/skinny`, with bias and residual: a layer of a decode step is eleven launches. A product of
-more rows adds in cuBLASLt's order, so a row's last bits differ between the two; its residual is added by the norm that
-follows, which reads both (`Sum`).
+64 rows come from `matmul/skinny`, with bias and residual: a layer of a decode step is nine launches. Those of up to 16
+rows, of 17 to 64 and of more, which are cuBLASLt's, add in three orders: a row's last bits may differ between them. The
+residual of cuBLASLt's is added by the norm that follows, which reads both (`Sum`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ...backends import why_not_triton
 from ...formats import format_of
 from ...fused.activation import activation
 from ...fused.norm import norm as fused_norm
-from ...fused.rows import Into, add_norm_codes, gated_codes, gated_values, norm_codes, row_codes
+from ...fused.rows import Into, add_norm_codes, gated_codes, gated_values, norm_codes, norm_values, row_codes
 from ...matmul import run_matmul
 from ...matmul.skinny import skinny
 from ...matmul.skinny import why_not as why_not_skinny
@@ -173,6 +173,8 @@ def few(x: Quantized | Tensor, weight: Quantized | Tensor) -> bool:
 
 def normed(h: Tensor, norm: Norm) -> Tensor:
     """The RMS norm of each row, BF16."""
+    if h.device.type != "cpu":
+        return norm_values(h, norm.weight, norm.eps)
     _, _, y = fused_norm(h, None, norm.weight, norm.eps, torch.bfloat16, None)
     assert isinstance(y, Tensor)
     return y
