@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +14,12 @@ import pytest
 import torch
 
 from fp8.advise.models import named
-from fp8.bench import serve, serve_peers
-from fp8.bench.serve import ARMS, Clock, Row, article, config_of, floor_seconds, percentiles, row_of
+from fp8.bench import serve, serve_peers, serve_row
+from fp8.bench.apart import apart
+from fp8.bench.serve import ARMS, Budget, article, config_of, floor_seconds, row_of
+from fp8.bench.serve_row import Clock, LateError, Row, percentiles
 from fp8.cost.datasheets import SHEETS
-from fp8.errors import ConfigError
+from fp8.errors import BackendError, ConfigError
 from fp8.models.huggingface import to_config
 from fp8.models.llama import DecoderConfig
 from fp8.serve import Output
@@ -50,7 +56,7 @@ def test_every_sequence_is_in_as_many_steps_as_were_asked(
     batch: int, prompt: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts enter in chunks, and the first sequence must not end before the last has begun."""
-    monkeypatch.setattr(serve, "CHUNK", 48)
+    monkeypatch.setattr(serve_row, "CHUNK", 48)
     model, clocks = random_model(TINY), []
 
     class Kept(Clock):
@@ -58,8 +64,8 @@ def test_every_sequence_is_in_as_many_steps_as_were_asked(
             super().__init__(row)
             clocks.append(self)
 
-    monkeypatch.setattr(serve, "Clock", Kept)
-    found = serve.run_row(model, Row(batch, prompt, 6), "fp8")
+    monkeypatch.setattr(serve_row, "Clock", Kept)
+    found = serve_row.run_row(model, Row(batch, prompt, 6), "fp8")
     assert len(clocks[-1].steps) >= 6
     assert len(clocks[-1].ended) == batch
     assert found["cache_bytes"] > 0
@@ -67,7 +73,11 @@ def test_every_sequence_is_in_as_many_steps_as_were_asked(
 
 def test_a_clock_counts_only_steps_that_have_all() -> None:
     clock = Clock(Row(2, 4, 4))
-    for came in (["a"], ["a", "b"], ["a", "b"], ["a", "b"], ["b"]):
+    for came in (["a"], ["a", "b"], ["a", "b"]):
+        clock.tick([Output(name, [1], "", None) for name in came])
+    assert clock.waiting and not clock.steps, "what passes before the clock is opened is not counted"
+    clock.open()
+    for came in (["a", "b"], ["a", "b"], ["b"]):
         clock.tick([Output(name, [1], "", None) for name in came])
     assert len(clock.steps) == 2
     clock.tick([Output(name, [1], "", "length") for name in ("a", "b")])
@@ -105,9 +115,90 @@ def test_an_arm_without_room_says_so_and_the_table_leaves_it_out(folder: Path, m
         raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
 
     monkeypatch.setattr(serve, "run_row", fail)
-    found = serve.run_arm("FP8", str(folder), [Row(1, 8)], "cpu")
+    found: dict[str, Any] = {}
+    serve.run_arm("FP8", str(folder), [Row(1, 8)], "cpu", math.inf, lambda: None, found)
     assert found["rows"]["1 x 8"] == {"why_not": "CUDA out of memory."}
     assert article({"BF16": found, "FP8 + FP8 KV": found}, [Row(16, 8)]) == []
+
+
+def test_a_kernel_that_fails_costs_its_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = serve.run_row
+
+    def fail_once(model: Any, row: Row, *rest: Any) -> Any:
+        if row.batch == 1:
+            raise RuntimeError("CUDA error: misaligned address")
+        return real(model, row, *rest)
+
+    monkeypatch.setattr(serve, "run_row", fail_once)
+    found: dict[str, Any] = {}
+    serve.run_arm("BF16", str(folder), [Row(1, 8, 4), Row(2, 8, 4)], "cpu", math.inf, lambda: None, found)
+    assert "misaligned" in found["rows"]["1 x 8"]["why_not"] and "itl" in found["rows"]["2 x 8"]
+
+
+def test_what_does_not_fit_into_the_time_is_said_to_be_skipped(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve.main(["--model", str(folder), "--rows", "1x8", "--arms", "BF16", "--seconds", "0", "--out", str(folder),
+                "--device", "cpu"])  # fmt: skip
+    rows = json.loads((folder / "serve.json").read_text())["results"]["arms"]["BF16"]["rows"]
+    assert "skipped: no time is left" in rows["1 x 8"]["why_not"] and "skipped" in capsys.readouterr().out
+
+
+def test_a_row_that_is_late_ends_and_leaves_an_engine_that_works() -> None:
+    model, row = random_model(TINY), Row(2, 8, 4)
+    engine = serve_row.engine_for(model, row, "fp8")
+    with pytest.raises(LateError):
+        serve_row.measure(engine, row, 0.0)
+    assert serve_row.measure(engine, row)["itl"]["p50"] > 0
+
+
+def test_time_is_divided_among_those_who_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(serve.time, "monotonic", lambda: now)
+    budget = Budget(40.0, 4)
+    assert budget.next() == 110
+    now = 104.0  # six seconds were left over
+    assert budget.next() == 116
+    now = 200.0
+    assert budget.next() == 200
+    assert Budget(math.inf, 2).next() == math.inf
+
+
+def test_an_interrupted_run_keeps_what_it_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = serve.run_row
+
+    def stop(model: Any, row: Row, *rest: Any) -> Any:
+        if row.batch == 2:
+            raise KeyboardInterrupt
+        return real(model, row, *rest)
+
+    monkeypatch.setattr(serve, "run_row", stop)
+    with pytest.raises(SystemExit) as left:
+        serve.main(["--model", str(folder), "--rows", "1x8", "2x8", "--tokens", "4", "--out", str(folder),
+                    "--device", "cpu"])  # fmt: skip
+    assert left.value.code == 130
+    assert list(json.loads((folder / "serve.json").read_text())["results"]["arms"]["BF16"]["rows"]) == ["1 x 8"]
+
+
+def test_a_process_that_dies_or_raises_or_hangs_costs_only_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    got = apart(sends_and, "exits")
+    assert next(got) == 1
+    with pytest.raises(BackendError, match="ended with 3"):
+        next(got)
+    with pytest.raises(BackendError, match="ZeroDivisionError"):
+        list(apart(sends_and, "raises"))
+    with pytest.raises(BackendError, match="time was over"):
+        list(apart(sends_and, "sleeps", until=time.monotonic() + 4))
+    assert "ZeroDivisionError" in capfd.readouterr().err, "with its traceback"
+
+
+def sends_and(does: str) -> Iterator[int]:
+    yield 1
+    if does == "exits":
+        os._exit(3)
+    if does == "sleeps":
+        time.sleep(60)
+    yield 1 // 0
 
 
 def test_a_peer_that_is_missing_or_unknown_gives_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,5 +212,5 @@ def test_a_peer_that_is_missing_or_unknown_gives_its_reason(capsys: pytest.Captu
 
 def test_transformers_answers_the_same_rows() -> None:
     pytest.importorskip("transformers")
-    found = serve_peers.transformers(TINY, [Row(2, 8, 4)], "cpu")
+    (found,) = serve_peers.transformers(TINY, [Row(2, 8, 4)], "cpu")
     assert found["2 x 8"]["prefill_seconds"] > 0

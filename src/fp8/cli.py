@@ -18,6 +18,7 @@ from rich.console import Console, RenderableType
 
 from . import __version__
 from .advise.command import estimate_command, plan_command, profile_command
+from .bench.command import OWN_OPTIONS
 from .bench.command import command as bench_command
 from .calibrate.command import quantize_command, verify_command
 from .calibrate.qat_command import qat_command
@@ -173,7 +174,7 @@ app.command("estimate")(estimate_command)
 app.command("generate")(generate_command)
 app.command("chat")(chat_command)
 app.command("serve")(serve_command)
-app.command("bench")(bench_command)
+app.command("bench", context_settings=OWN_OPTIONS)(bench_command)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,12 @@ def test_what_does_not_fit_is_an_answer(capsys: pytest.CaptureFixture[str]) -> N
     assert run(capsys, "llama-3.1-405b", "--gpu", "h100", "--price", "2")[1].count("does not fit") > 3
 
 
+def test_a_batch_that_does_not_fit_has_no_figures() -> None:
+    arms = estimate("llama-3-8b", batch=150, price=1.0).arms
+    assert [arm.batch for arm in arms] == [0, 0, 150] and arms[0].users[8192] < 150 < arms[2].users[8192]
+    assert arms[0].dollars is None and arms[2].dollars is not None
+
+
 def test_dollars_are_the_price_over_what_an_hour_makes() -> None:
     arm = estimate("llama-3-8b", price=3.6, batch=10, share=0.5).arms[0]
     assert arm.tokens_per_second == pytest.approx(10 / arm.step_seconds)

@@ -10,7 +10,7 @@ from fp8 import nvrtc
 from fp8.formats import format_of
 from fp8.fused.rows import Into, cuda, reference
 from fp8.tile import Tile
-from sass import resources
+from sass import compiled, disassemble, resources
 from triton_interpreter import run_interpreted
 
 triton = pytest.importorskip("fp8.fused.rows.triton")
@@ -47,6 +47,10 @@ def codes_are_those_of_the_definition(rows: int, cols: int, device: torch.device
         assert equal(kernel.row_codes(half, into), reference.row_codes(half, into)), into
         given = weight.float() if kernel is cuda and into.tile.cols else weight
         assert equal(kernel.norm_codes(half[1:], given, 1e-5, into), reference.norm_codes(half[1:], given, 1e-5, into))
+        if kernel is triton:
+            sums, need = (run.add_norm_codes(half, x[:, cols:], weight, 1e-5, into) for run in (triton, reference))
+            assert torch.equal(sums[0].isnan(), need[0].isnan()) and equal(sums[1], need[1]), into
+            assert torch.equal(sums[0].nan_to_num(), need[0].nan_to_num())
         found, need = kernel.gated_codes(x, into), reference.gated_codes(x, into)
         assert found.tile == need.tile
         near = (found.dequantize() - need.dequantize()).abs()  # one BF16 unit, and then one step of a code
@@ -57,7 +61,7 @@ def codes_are_those_of_the_definition(rows: int, cols: int, device: torch.device
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("rows", "cols"), [(2, 336), (1 + 16, 4096), (3, 14336)])
+@pytest.mark.parametrize(("rows", "cols"), [(2, 336), (1 + 16, 4096), (3, 14336), (3001, 4096), (1501, 14336)])
 @pytest.mark.parametrize("kernel", [triton, cuda], ids=["triton", "cuda"])
 def test_codes_on_the_gpu(rows, cols, kernel):
     codes_are_those_of_the_definition(rows, cols, GPU, kernel)
@@ -67,8 +71,28 @@ def test_codes_in_the_interpreter():
     run_interpreted(
         __file__,
         """for rows, cols in ((2, 336), (5, 128)):
-    test_rows.codes_are_those_of_the_definition(rows, cols, torch.device("cpu"))""",
+    test_rows.codes_are_those_of_the_definition(rows, cols, torch.device("cpu"))
+test_rows.triton.FEW, test_rows.triton.MULTIPROCESSORS = 0, 1
+test_rows.codes_are_those_of_the_definition(11, 200, torch.device("cpu"))  # two or three rows a program""",
     )
+
+
+@pytest.mark.parametrize(
+    ("cols", "producer", "add"), [(4096, "norm", True), (8192, "plain", False), (14336, "gated", False)]
+)
+def test_a_chunk_has_its_next_rows_under_way_and_spills_nothing(cols, producer, add, tmp_path):
+    use = triton.plan(8192, cols)
+    kernel = triton.rows_to_codes
+    types = dict.fromkeys(("x_ptr", "more_ptr", "sum_ptr", "weight_ptr"), "*bf16") | {
+        "codes_ptr": "*u8", "scale_ptr": "*fp32", "given_ptr": "*fp32", "eps": "fp32"}  # fmt: skip
+    constants = {"PRODUCER": producer, "MODE": "row", "E4M3": True, "POWER": True, "BN": use.wide, "ADD": add,
+                 "STAGES": use.stages, "AHEAD": False}  # fmt: skip
+    built = compiled(kernel, constants, types, {n for n in types if n != "eps"} | {"rows", "cols"},
+                     num_warps=use.warps, maxnreg=use.registers, enable_fp_fusion=False)  # fmt: skip
+    used = resources(built.asm["cubin"], tmp_path)
+    assert used["STACK"] == 0 and used["REG"] * use.warps * 32 * use.programs <= 65536 * triton.MULTIPROCESSORS
+    assert built.metadata.shared * use.programs <= 227 * 1024 * triton.MULTIPROCESSORS
+    assert "LDGSTS" in disassemble(built.asm["cubin"], tmp_path)
 
 
 def test_codes_with_gpp(monkeypatch):

@@ -172,6 +172,41 @@ def test_a_request_with_logits_that_are_not_finite_ends_alone() -> None:
     assert outputs["good"][-1].finished == "length" and all_free(e)
 
 
+def test_pages_behind_logits_that_are_not_finite_are_not_found_again() -> None:
+    e = engine(Toy(broken=7))
+    for name in ("first", "second"):
+        e.add(Request(name, [1, 2, 3, 4, 5, 6, 5, 6, 5, 7], GREEDY))
+        (last,) = finish(e)[name]
+        assert last.finished == "error" and last.cached_tokens == 0
+    e.add(Request("whole", [1, 2, 3, 4, 5, 6, 5, 6, 5], SamplingParams(temperature=0, max_tokens=1)))
+    e.add(Request("again", [1, 2, 3, 4, 5, 6, 5, 6, 5], SamplingParams(temperature=0, max_tokens=1)))
+    found = finish(e)
+    assert [found[name][0].cached_tokens for name in ("whole", "again")] == [0, 8]
+
+
+def test_an_end_may_come_right_behind_min_tokens() -> None:
+    tokens = greedy([1], 6)
+    fifth = tokens[4]
+    assert fifth not in tokens[:4]
+    for least, count in ((4, 5), (5, 10)):
+        params = SamplingParams(temperature=0, max_tokens=10, min_tokens=least, stop_token_ids=[fifth])
+        outputs = answer([1], params)
+        assert (len(tokens_of(outputs)), outputs[-1].finished) == (count, "stop" if count == 5 else "length")
+
+
+def test_marks_and_stop_texts_are_shown_only_if_asked_for() -> None:
+    forced = {"temperature": 0, "logit_bias": {39: 100.0}, "ignore_eos": True}
+    texts = [
+        "".join(o.new_text for o in answer([1], SamplingParams(**forced, **more), tokenizer=Letters()))
+        for more in ({"max_tokens": 3}, {"max_tokens": 3, "skip_special_tokens": False})
+    ]
+    assert texts == ["", 3 * chr(65 + 39)]
+    text = Letters().decode(greedy([1], 10))
+    kept = SamplingParams(temperature=0, max_tokens=10, stop=text[4:6], include_stop_str_in_output=True)
+    outputs = answer([1], kept, tokenizer=Letters())
+    assert "".join(o.new_text for o in outputs) == text[: text.index(text[4:6]) + 2]
+
+
 def test_ends_are_held_back_until_min_tokens() -> None:
     class Ending(Letters):
         ends = frozenset({greedy([1], 1)[0]})
@@ -278,12 +313,12 @@ def test_filled_batches_of_fixed_sizes_give_the_same_tokens(monkeypatch: pytest.
     monkeypatch.setattr("fp8.serve.graphs.pack", lambda arrays, pin: pack(arrays, False))
     e = engine(max_running=7)
     watch(e)
-    e.graphs = Replayed(e, [1, 3, 4])
+    e.forward.graphs = Replayed(e, [1, 3, 4])
     for i in range(6):
         e.add(Request(str(i), [i] * (5 * i + 1), SamplingParams(temperature=0, max_tokens=4 + 3 * i)))
     outputs = finish(e)
     assert all(tokens_of(outputs[str(i)]) == greedy([i] * (5 * i + 1), 4 + 3 * i) for i in range(6))
-    assert e.graphs.replays >= 9
+    assert e.forward.graphs.replays >= 9
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ from fp8.attention.paged import Chunk
 from fp8.checkpoint import Options, quantize_folder
 from fp8.models.architecture import KINDS
 from fp8.nn.int8_linear import Int8Linear
+from fp8.serve import Engine, EngineOptions, Request, SamplingParams
 from fp8.serve.models import load_model, random_model
+from fp8.serve.sampler import Row, Sampler
 from paged_batches import Sequence, alone, batch_of, bits, on, step
 
 pytestmark = pytest.mark.gpu
@@ -111,3 +113,30 @@ def test_a_long_prompt_by_cudnn_in_chunks_changes_little(dtype):
         logits = model(dataclasses.replace(batch, wanted=batch.wanted[-1:], chunks=chunks), cache)
         sequence.stored += count
         assert error(logits.cpu(), whole[sequence.stored - 1 : sequence.stored]) < 0.03
+
+
+def test_greedy_takes_the_first_of_the_largest_and_tells_a_nan():
+    sampler, logits = Sampler(3, 128256, GPU), torch.zeros(3, 128256, device=GPU)
+    logits[0, [70001, 9, 128255]] = 3.0
+    logits[1, 128255] = 1.0
+    logits[2, [5, 99]] = torch.tensor([float("nan"), float("inf")], device=GPU)
+    rows = [Row(SamplingParams(temperature=0), seat, 0.0) for seat in range(3)]
+    assert sampler(logits, rows).tolist() == [9, 128255, -1]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_an_engine_takes_its_part_of_the_memory_and_no_more(deterministic):
+    from fp8.models.huggingface import to_config
+    from fp8.models.llama import DecoderConfig
+
+    shape = to_config(DecoderConfig(4096, 256, 512, 2, 4, 2, max_positions=4096), torch.bfloat16)
+    model = random_model(shape, device=GPU, quantization="fp8")
+    options = EngineOptions(memory_fraction=0.3, max_running=16, deterministic=deterministic)
+    engine = Engine(model, options=options)
+    free, total = torch.cuda.mem_get_info()
+    assert 0.68 * total < free < 0.75 * total
+    for i in range(20):
+        engine.add(Request(str(i), TEXT * (1 + i), SamplingParams(temperature=i % 2, seed=i, max_tokens=9)))
+    while engine.has_work():
+        assert all(output.error is None for output in engine.step())
+    assert torch.cuda.mem_get_info()[0] > 0.68 * total

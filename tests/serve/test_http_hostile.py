@@ -144,11 +144,24 @@ def test_extreme_numbers_that_are_allowed_are_served(client: httpx2.Client) -> N
     for extreme in (
         {"temperature": 1e-300}, {"temperature": 2}, {"top_p": 1e-300}, {"min_p": 1}, {"repetition_penalty": 0.01},
         {"repetition_penalty": 100}, {"logit_bias": {str(i): -100 for i in range(40)}}, {"seed": -(2**63)},
-        {"seed": 2**64 - 1}, {"top_k": 2**31 - 1}, {"max_tokens": 10**9}, {"presence_penalty": -2}, {"n": 7, "seed": 1},
+        {"seed": 2**64 - 1}, {"top_k": 2**31 - 1}, {"max_tokens": None}, {"presence_penalty": -2}, {"n": 7, "seed": 1},
         {"stop": ["\U0001f433" * 1000]}, {"stop_token_ids": list(range(40))}, {"logprobs": 20, "echo": True},
     ):  # fmt: skip
         response = client.post("/v1/completions", json=TEXT | extreme)
         assert response.status_code == 200, (extreme, response.text)
+
+
+def test_an_answer_longer_than_there_can_be_is_refused_with_what_there_is(client: httpx2.Client) -> None:
+    longest = client.get("/v1/models").json()["data"][0]["max_model_len"]
+    body = {"prompt": [1, 2, 3], "max_tokens": longest - 2}
+    response = client.post("/v1/completions", json=body)
+    is_refusal(response)
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    assert f"ask for at most {longest - 3}" in response.json()["error"]["message"]
+    for name in ("max_tokens", "max_completion_tokens"):
+        is_refusal(client.post("/v1/chat/completions", json=CHAT | {name: 10**9}))
+    assert client.post("/v1/completions", json=body | {"max_tokens": longest - 3}).status_code == 200
+    assert client.post("/v1/completions", json={"prompt": [1] * (longest - 5)}).status_code == 200, "16 is no wish"
 
 
 def test_a_half_sent_request_holds_nothing(client: httpx2.Client, door: Any) -> None:

@@ -54,9 +54,18 @@ def test_an_fp8_product_is_that_of_the_layer_on_values_rounded_to_bf16(scheme):
     rounded = layers.normed(h, norm)
     assert rounded.dtype == torch.bfloat16
     assert ulps(rounded, rms(h, norm)) <= 0.5 + 2**-14
-    assert torch.equal(bits(norm_linear(h, norm, linear)), bits(linear(rounded)))
+    assert torch.equal(bits(norm_linear(h, norm, linear)[0]), bits(linear(rounded)))
     residual = torch.randn(T, N).bfloat16()
     assert torch.equal(bits(linear_add(h, linear, residual)), bits((residual.float() + linear(h).float()).bfloat16()))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static", "block", "bf16"])
+def test_a_sum_that_the_norm_adds_is_the_sum(kind):
+    (h, norm), y = given_rows(), torch.randn(T, K).bfloat16()
+    linear = Linear(torch.randn(N, K).bfloat16()) if kind == "bf16" else frozen(kind)
+    found, need = norm_linear(layers.Sum(h, y), norm, linear), norm_linear(h + y, norm, linear)
+    assert all(torch.equal(bits(ours), bits(theirs)) for ours, theirs in zip(found, need, strict=True))
+    assert torch.equal(layers.settled(layers.Sum(h, y)), h + y)
 
 
 @pytest.mark.parametrize("scheme", ["dynamic", "static", "block"])
@@ -97,7 +106,7 @@ def test_logits_are_not_rounded_to_bf16():
         logits = norm_logits(h, norm, linear)
         assert logits.dtype == torch.float32
         assert not torch.equal(logits, logits.bfloat16().float())
-        assert torch.equal(logits.bfloat16(), norm_linear(h, norm, linear))
+        assert torch.equal(logits.bfloat16(), norm_linear(h, norm, linear)[0])
 
 
 def test_no_rows_are_no_rows():

@@ -13,6 +13,7 @@ from rich.console import Console
 
 import fp8
 import tiny_models
+from fp8.checkpoint import Options, quantize_folder
 from fp8.cli import main
 from fp8.errors import ConfigError, DataError, RequestError
 from fp8.serve import SamplingParams
@@ -43,6 +44,14 @@ def test_the_articles_three_lines_run_with_one_import_changed(folder: Any, tmp_p
     llm = LLM(model="meta-llama/Llama-3.1-70B-Instruct", kv_cache_dtype="fp8")
     (output,) = llm.generate("Hello, my name is")
     assert output.outputs[0].finish_reason in ("length", "stop") and len(output.outputs[0].token_ids) <= 16
+
+
+def test_a_file_may_be_called_by_its_own_method(folder: Any, tmp_path: Any) -> None:
+    quantize_folder(folder, tmp_path / "fp8", Options())
+    llm = fp8.LLM(tmp_path / "fp8", quantization="compressed-tensors", enable_chunked_prefill=True, device="cpu")
+    assert llm.generate("one", use_tqdm=False)[0].outputs[0].token_ids
+    with pytest.raises(ConfigError, match="quantization cannot be 'compressed-tensors'"):
+        fp8.LLM(folder, quantization="compressed-tensors", device="cpu")
 
 
 def test_importing_fp8_opens_no_serving_room() -> None:
@@ -121,6 +130,10 @@ def test_what_the_authors_recommend_is_the_default(folder: Any, tmp_path: Any) -
         ({"dtype": "float32"}, "dtype='float32'"),
         ({"quantization": "int4"}, "quantization cannot be 'int4'"),
         ({"max_model_len": 10**6}, "the 128 positions"),
+        ({"block_size": 7}, "block_size=7 must be a multiple of 16"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0"),
+        ({"num_gpu_blocks_override": 0}, "num_gpu_blocks_override=0"),
+        ({"gpu_memory_utilization": 3}, "gpu_memory_utilization=3"),
     ],
 )
 def test_arguments_that_nothing_answers_to_are_refused(folder: Any, arguments: dict[str, Any], told: str) -> None:
@@ -143,6 +156,41 @@ def test_one_bad_prompt_refuses_the_call(llm: fp8.LLM, prompts: Any, params: Any
     with pytest.raises(RequestError, match=told):
         llm.generate(prompts, params, use_tqdm=False)
     assert all_free(llm.engine)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "held"),
+    [
+        ("block_size", 32, lambda e: e.cache.page_size),
+        ("num_gpu_blocks_override", 5, lambda e: e.scheduler.pool.total),
+        ("max_num_seqs", 3, lambda e: len(e.sampler.last)),
+        ("max_num_batched_tokens", 33, lambda e: e.scheduler.max_step_tokens),
+        ("enable_prefix_caching", False, lambda e: e.scheduler.prefix_caching),
+        ("max_model_len", 40, lambda e: e.max_model_len),
+        ("deterministic", True, lambda e: e.forward.rows > 0),
+        ("enforce_eager", True, lambda e: not e.options.graphs),
+        ("gpu_memory_utilization", 0.5, lambda e: e.options.memory_fraction),
+    ],
+)
+def test_every_argument_of_vllms_arrives(folder: Any, argument: str, value: Any, held: Any) -> None:
+    assert held(fp8.LLM(folder, device="cpu", **{argument: value}).engine) == value
+
+
+def test_an_answer_longer_than_there_is_room_for_is_warned_of_and_ends_there(llm: fp8.LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True)
+    with pytest.warns(
+        UserWarning, match=r"max_tokens=1000 is more than is left behind a prompt of 3 tokens.*holds 128"
+    ):
+        (answer,) = llm.generate("one", params, use_tqdm=False)
+    assert answer.outputs[0].finish_reason == "length" and len(answer.outputs[0].token_ids) == 125
+    (answer,) = llm.generate("one", SamplingParams(temperature=0, max_tokens=None, ignore_eos=True), use_tqdm=False)
+    assert len(answer.outputs[0].token_ids) == 125, "who asks for all there is gets no warning"
+
+
+def test_the_terminal_says_where_the_model_ends(folder: Any, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", str(folder), "--prompt", "one", "--max-model-len", "9", "--device", "cpu"])
+    assert "holds no more than these 9 tokens" in capsys.readouterr().err
 
 
 def test_a_stopped_answer_stays_said_and_frees_its_pages(llm: fp8.LLM, monkeypatch: Any) -> None:

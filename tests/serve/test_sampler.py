@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fp8.errors import RequestError
 from fp8.serve import Request, SamplingParams
 from fp8.serve.params import EngineOptions
-from fp8.serve.sampler import Row, Sampler, tell, uniform
+from fp8.serve.sampler import Row, Sampler, arrays_of, tell, uniform
 from fp8.serve.sequence import Sequence
 from toy_engine import answer, tokens_of
 
@@ -193,17 +193,31 @@ def test_rows_share_a_distribution_with_torch() -> None:
         ({"max_tokens": True}, "max_tokens=True"),
         ({"min_tokens": 20}, "min_tokens=20 is more than max_tokens=16"),
         ({"presence_penalty": 3}, "presence_penalty=3 must be between -2 and 2"),
-        ({"repetition_penalty": 0}, "repetition_penalty=0 must be above 0"),
+        ({"repetition_penalty": 0}, r"repetition_penalty=0 must be between 0\.01 and 100"),
+        ({"repetition_penalty": 1e-30}, "repetition_penalty=1e-30"),
+        ({"repetition_penalty": 1e30}, r"repetition_penalty=1e\+30"),
+        ({"logit_bias": {1: 1e38}}, "not between -100 and 100"),
+        ({"n": 10**9}, "at most 16384 texts"),
         ({"stop": ["a", ""]}, "at least one character"),
         ({"stop_token_ids": ["a"]}, "'a', which is not a token number"),
         ({"logprobs": 21}, "at most 20"),
-        ({"logit_bias": {1: math.inf}}, "not a finite number"),
+        ({"logit_bias": {1: math.inf}}, "inf, which is not between"),
         ({"seed": 1.5}, "seed=1.5"),
     ],
 )
 def test_impossible_parameters_are_refused(params: dict[str, Any], told: str) -> None:
     with pytest.raises(RequestError, match=told):
         SamplingParams(**params)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    params = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(3), max_tokens=np.int32(5), seed=np.int64(1))
+    assert params.temperature == 0.5 and params.max_tokens == 5
+
+
+def test_a_top_k_beyond_every_vocabulary_keeps_all_tokens() -> None:
+    params = SamplingParams(top_k=2**70, temperature=1)
+    assert arrays_of([Row(params, 0, 0.5)], 7)["top_k"].tolist() == [7]
 
 
 def test_options_are_checked() -> None:

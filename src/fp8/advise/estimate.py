@@ -124,7 +124,8 @@ def estimate(model: str | Path | Architecture | DecoderConfig, gpu: str = "H200"
 
     model             see `fp8.advise.models.architecture`
     context           tokens that a sequence holds while it is decoded
-    batch             sequences at a time; else as many as fit, at most `max_running`
+    batch             sequences at a time (0 in the answer where so many do not fit); else as many as fit, at most
+                      `max_running`
     prompt            tokens of a prompt that is read; else `context`
     price             dollars of one GPU for an hour
     share             of the decode floor that the server reaches, as `fp8 bench serve` measures it
@@ -142,7 +143,8 @@ def _arm(name: str, model: Architecture, sheet: Datasheet, asked: Serving) -> Ar
     held, token = weight_bytes(model, weights_kind), cache_token_bytes(model, cache_kind, asked.static_scales)
     room = int(asked.memory_fraction * sheet.memory_gib * GIB - held - step_bytes(model, asked) - CUDA_CONTEXT)
     users = {context: _users(room, token, context, asked) for context in sorted({*CONTEXTS, asked.context})}
-    batch = asked.batch or min(users[asked.context], asked.max_running)
+    fit = users[asked.context]
+    batch = min(fit, asked.max_running) if asked.batch is None else asked.batch if asked.batch <= fit else 0
     seconds = [decode_seconds(model, weights_kind, token, b, asked.context, sheet) / asked.share for b in (1, batch)]
     prompt = asked.prompt or asked.context
     reading = prompt_floor(model, weights_kind, prompt, sheet)

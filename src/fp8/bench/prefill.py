@@ -1,6 +1,6 @@
 """Reading prompts with an 8B model: attention of chunks, what stands between the products, and the whole.
 
-    python -m fp8.bench.prefill --out DIR [--prompts 16] [--length 16384] [--steps 8192 16384] [--parts attention ...]
+    python -m fp8.bench.prefill --out DIR [--prompts 16] [--length 16384] [--steps 16384 8192] [--parts attention ...]
 
 **attention** TFLOP/s, 32 query heads and 8 key heads of 128, a chunk of some new tokens after some that are stored,
 over pages in disorder: taken apart (`attention/paged/chunks.py`), by the kernel that reads pages, and cuDNN alone over
@@ -8,11 +8,11 @@ keys that lie ready. (4 * 128 * 32) operations a pair of row and key that it see
 
 **shapes** milliseconds that the host spends on the first call of a shape that cuDNN has not met, and on the second.
 
-**between** microseconds of each step of a layer for a chunk, and TB/s of the bytes that it must move; the four
-products, and TFLOP/s.
+**between** microseconds of each step of a layer for a chunk, in a CUDA graph, and TB/s of the bytes that it must move;
+the four products, and TFLOP/s.
 
 **whole** seconds until every prompt has its first token, all given at once, prompts of random tokens that share
-nothing; then the kernels of two prompts, by the profiler.
+nothing; then its kernels by the profiler, and the gaps between them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..attention.paged import Chunk, LayerPages, PagedCache, chunks, rope_write
 from ..backends import function
 from ..formats import E4M3
 from ..fused.rope.reference import tables
-from ..fused.rows import Into, gated_codes, norm_codes, row_codes
+from ..fused.rows import Into, add_norm_codes, gated_codes, norm_codes, row_codes
 from ..matmul import run_matmul
 from ..quantize import quantize
 from ..serve import Engine, EngineOptions, Request, SamplingParams
@@ -39,6 +39,7 @@ from ..serve.batch import Batch
 from ..serve.models import ServedModel, random_model
 from ..tile import Tile
 from .machine import machine, save
+from .quantize import microseconds
 from .serve import config_of
 
 HEADS, KV, WIDTH, PAGE, HIDDEN, FFN = 32, 8, 128, 64, 4096, 14336
@@ -144,17 +145,18 @@ def between(rows: int = 8192) -> list[dict[str, Any]]:
         "codes": (lambda: row_codes(h, into), 3 * HIDDEN),
         "gate": (lambda: gated_codes(wide, into), 5 * FFN),
         "add": (lambda: h + out, 6 * HIDDEN),
+        "add, norm": (lambda: add_norm_codes(h, out, weight, 1e-5, into), 7 * HIDDEN),
         "rope": (lambda: rope_write(qkv, batch.positions, batch.slots, layer, rope), 4 * HIDDEN + 6 * kv + 8 * KV),
         "gather": (lambda: gather(layer, batch.pages[0], 0, rows, rows), 6 * kv + 8 * KV),
         "join 2": (lambda: join(parts, out), 6 * HIDDEN + 8 * HEADS),
     }
     found = []
     for name, (call, moved) in steps.items():
-        us = milliseconds(call) * 1e3
+        us = microseconds(lambda _: call(), [h] * 4)  # noqa: B023
         found.append({"step": name, "us": us, "TB/s": rows * moved / us / 1e6})
     for name, (n, k) in MATRICES.items():
         a, b = (quantize(torch.randn(m, k, device="cuda").bfloat16(), "e4m3", "row") for m in (rows, n))
-        us = milliseconds(lambda: run_matmul(a, b, torch.bfloat16, "fast", None)) * 1e3  # noqa: B023
+        us = microseconds(lambda _: run_matmul(a, b, torch.bfloat16, "fast", None), [h] * 2)  # noqa: B023
         found.append({"step": name, "us": us, "TFLOP/s": 2 * rows * n * k / us / 1e6})
     print("between", rows, *(f"{r['step']} {r['us']:.0f} us {list(r.values())[2]:.4g};" for r in found), flush=True)
     return found
@@ -183,12 +185,21 @@ def whole(model: ServedModel, prompts: int, length: int, step: int, rounds: int)
     return found
 
 
-def kernels(model: ServedModel, length: int, step: int) -> list[tuple[str, int, float]]:
-    """(name, calls, milliseconds) of the longest kernels of two prompts."""
+def kernels(model: ServedModel, prompts: int, length: int, step: int) -> dict[str, Any]:
+    """Seconds of all kernels and of the gaps between them (those of 20 ms and more are the host's, before the first
+    step), and of the longest: calls, milliseconds, and microseconds of the 10th, 50th and 90th percentile call."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        whole(model, 2, length, step, 1)
-    rows = [(e.key, e.count, e.self_device_time_total / 1e3) for e in profile.key_averages()]
-    return sorted(rows, key=lambda row: -row[2])[:14]
+        whole(model, prompts, length, step, 1)
+    ran = [e for e in profile.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
+    ran.sort(key=lambda e: e.time_range.start)
+    gaps = [b.time_range.start - a.time_range.end for a, b in itertools.pairwise(ran)]
+    times: dict[str, list[float]] = {}
+    for event in ran:
+        times.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    rows = {n: (len(t), sum(t) / 1e3, *(sorted(t)[int(len(t) * q)] for q in (0.1, 0.5, 0.9))) for n, t in times.items()}
+    longest = dict(sorted(rows.items(), key=lambda row: -row[1][1])[:16])
+    idle = sum(gap for gap in gaps if 0 < gap < 2e4) / 1e6
+    return {"kernels": sum(sum(t) for t in times.values()) / 1e6, "gaps": idle, "longest": longest}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -197,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", default="bench/results", help="folder for prefill.json")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--length", type=int, default=16384)
-    parser.add_argument("--steps", type=int, nargs="+", default=[8192, 16384])
+    parser.add_argument("--steps", type=int, nargs="+", default=[16384, 8192])
     parser.add_argument("--parts", nargs="+", default=["attention", "shapes", "between", "whole"])
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
@@ -211,9 +222,10 @@ def main(arguments: list[str] | None = None) -> None:
             whole(model, 1, options.length, step, 1)
             found[f"whole {step}"] = seconds = whole(model, options.prompts, options.length, step, 2)
             print(f"whole {options.prompts} x {options.length}, {step} a step: {seconds} s", flush=True)
-        found["kernels"] = kernels(model, options.length, options.steps[0])
-        for name, count, ms in found["kernels"]:
-            print(f"  {ms:8.2f} ms {count:5} {name[:90]}", flush=True)
+        found["profile"] = seen = kernels(model, options.prompts, options.length, options.steps[0])
+        print(f"profile: kernels {seen['kernels']:.3f} s, gaps {seen['gaps']:.3f} s", flush=True)
+        for name, (count, ms, *q) in seen["longest"].items():
+            print(f"  {ms:8.2f} ms {count:6} {[round(x) for x in q]} {name[:60]}", flush=True)
     print(save(options.out, "prefill", found))
 
 

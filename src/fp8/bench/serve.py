@@ -1,10 +1,9 @@
 """Serving, offline: milliseconds a token in BF16, INT8, FP8 and FP8 with an FP8 cache, in one run.
 
-    python -m fp8.bench.serve --out DIR [--model llama-3-8b] [--rows 1x1024 16x16384] [--arms BF16 FP8] [--peers]
+    fp8 bench serve --out DIR [--model llama-3-8b] [--rows 1x1024 16x16384] [--arms BF16 FP8] [--seconds 230] [--peers]
 
-A row is a batch of prompts of so many random tokens, all different, added at once and answered greedily. Prompts
-enter a chunk a step, so the first sequences already get tokens while the last ones are read; answers are longer by as
-many steps, and at least `--tokens` steps have every sequence in them. The model has random weights and is made on the
+A row is a batch of prompts of so many random tokens, all different, added at once and answered greedily
+(`serve_row.py`); at least `--tokens` steps have every sequence in them. The model has random weights and is made on the
 device, from a name of `fp8 plan` or a config.json; its layers are quantized as they are made, so nothing larger than a
 layer is held twice.
 
@@ -12,15 +11,20 @@ layer is held twice.
     ttft          a sequence's first token, since the row began: median, 90th and 99th percentile
     itl           a step in which every sequence got a token, by the clock of the host: the same. A step's tokens are
                   read while the next one runs, so the clock sees the slower of host and device
+    gpu, host     what of it is the captured step alone on the GPU, and what the host takes for a step: where host is
+                  the larger, the GPU waits for it
     tokens/s      of those steps
     e2e           the whole answer
-    floor         `fp8 estimate`'s, in the middle of the answer: weights and cache once, over the speed of reading
-    share         floor / median itl, on a GPU
+    floor         `fp8 estimate`'s, in the middle of the answer: weights and cache once, over the speed of reading; and
+                  of the prompts: products, quantizing, attention
+    share         floor / median itl, and floor / prefill, on a GPU
     joules        of the GPU's counter (NVML), over those steps, a token
 
-Each arm runs every row once to warm up (compiling, capturing) and once measured. The cache has room for the row and no
-more, and shares no beginnings. An arm that does not fit says so, and the others go on. BF16 is always measured, and
-what the articles claim of a deployment stands beside the row of their batch size.
+The cache has room for the row and no more, and shares no beginnings. Each arm runs in a process of its own (on a GPU),
+so that a fault costs one arm, and takes an equal part of the `--seconds` that are left: a row that is not done by then
+is said to be skipped. What does not fit says so, and the others go on. BF16 is always measured, and what the articles
+claim of a deployment stands beside the row of their batch size. `--kernels ROW ...` ends with those rows' step in FP8 +
+FP8 KV, kernel by kernel. What is measured is written at once: an interrupted run keeps its rows.
 """
 
 from __future__ import annotations
@@ -29,24 +33,26 @@ import argparse
 import gc
 import json
 import math
-import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..advise.estimate import cache_token_bytes, decode_seconds
+from ..advise.estimate import cache_token_bytes, decode_seconds, prompt_floor
 from ..advise.models import LLAMAS, TIED, architecture
 from ..cost import Architecture
 from ..cost.datasheets import SHEETS, Datasheet
-from ..errors import ConfigError, suggest
-from ..serve import Engine, EngineOptions, Output, Request, SamplingParams
+from ..errors import BackendError, ConfigError, suggest
 from ..serve.models import ServedModel, random_model
+from . import serve_peers
+from .apart import apart
 from .machine import machine, save
-from .train import joules
+from .serve_plot import plot
+from .serve_row import Clock, LateError, Row, engine_for, requests, run_row
+from .train import kernels
 
 ARMS = {  # name: (quantization of the weights, format of the cache)
     "BF16": (None, "bf16"),
@@ -56,30 +62,7 @@ ARMS = {  # name: (quantization of the weights, format of the cache)
 }
 ROWS = ((1, 1024), (16, 1024), (64, 1024), (16, 16384), (64, 8192))
 ARTICLE = {"batch": 16, "latency": -0.368, "tokens/s": 0.587, "memory": -0.50}  # FP8 over BF16, as printed
-PAGE, CHUNK = 64, 8192
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Row:
-    """A batch of prompts, and the steps that have all of them."""
-
-    batch: int
-    prompt: int
-    tokens: int = 128
-
-    @property
-    def name(self) -> str:
-        return f"{self.batch} x {self.prompt}"
-
-    @property
-    def answer(self) -> int:
-        """Tokens of each answer: also those that the first sequence gets before the last one has its first."""
-        return self.tokens + 1 + math.ceil(self.batch * self.prompt / max(1, CHUNK - self.batch))
-
-    @property
-    def longest(self) -> int:
-        return self.prompt + self.answer
+PATIENCE = 30.0  # seconds that a process has to end in once its time is over
 
 
 def config_of(model: str) -> dict[str, Any]:
@@ -99,91 +82,7 @@ def config_of(model: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# --------------------------------------------------------------------------- one row of one arm
-
-
-def run_row(model: ServedModel, row: Row, cache: str) -> dict[str, Any]:
-    """Measure a row: seconds, bytes, joules."""
-    pages = row.batch * -(-row.longest // PAGE) + 1
-    options = EngineOptions(
-        page_size=PAGE,
-        pages=pages,
-        max_running=row.batch,
-        max_step_tokens=CHUNK,
-        prefix_caching=False,
-        max_model_len=row.longest + 1,
-    )
-    engine = Engine(model, options=options, kv_cache_dtype=cache)
-    measure(engine, Row(row.batch, row.prompt, 4))
-    found = measure(engine, row)
-    found["cache_bytes"] = engine.cache.nbytes
-    if model.embedding.is_cuda:
-        found["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-    return found
-
-
-def measure(engine: Engine, row: Row) -> dict[str, Any]:
-    """One pass: every prompt at once, then steps until all have ended."""
-    for request in requests(row, engine.model.config.vocab_size):
-        engine.add(request)
-    clock = Clock(row)
-    while engine.has_work():
-        clock.tick(engine.step())
-    return clock.figures()
-
-
-def requests(row: Row, vocabulary: int) -> Iterable[Request]:
-    """Prompts of random tokens, the same each time."""
-    drawn = torch.randint(vocabulary, (row.batch, row.prompt), generator=torch.Generator().manual_seed(row.prompt))
-    params = SamplingParams(temperature=0, max_tokens=row.answer, ignore_eos=True)
-    return (Request(str(i), tokens, params) for i, tokens in enumerate(drawn.tolist()))
-
-
-class Clock:
-    """What the outputs of each step say about time."""
-
-    def __init__(self, row: Row) -> None:
-        self.row, self.start = row, time.perf_counter()
-        self.last = self.start
-        self.first: dict[str, float] = {}
-        self.ended: dict[str, float] = {}
-        self.steps: list[float] = []
-        self.energy: list[float | None] = []  # when all had their first token, and when the first of them ended
-
-    def tick(self, outputs: Sequence[Output]) -> None:
-        now = time.perf_counter()
-        came = {o.id for o in outputs if o.new_tokens}
-        if len(came) == len(self.first) == self.row.batch:
-            self.steps.append(now - self.last)
-        for name in came:
-            self.first.setdefault(name, now)
-        self.ended |= {o.id: now for o in outputs if o.finished}
-        self.last = now
-        begun = len(self.first) == self.row.batch
-        if (begun and not self.energy) or (self.ended and len(self.energy) == 1):
-            self.energy.append(joules())
-
-    def figures(self) -> dict[str, Any]:
-        (before, after), made = self.energy, self.row.batch * len(self.steps)
-        since = sorted(t - self.start for t in self.first.values())
-        return {
-            "prefill_seconds": since[-1],
-            "ttft": percentiles(since),
-            "itl": percentiles(self.steps),
-            "e2e": percentiles([t - self.start for t in self.ended.values()]),
-            "tokens_per_second": made / sum(self.steps),
-            "joules_per_token": None if before is None or after is None else (after - before) / made,
-        }
-
-
-def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, 90th and 99th percentile; of what was measured, without interpolation above."""
-    ordered = sorted(seconds)
-    at = lambda q: ordered[min(len(ordered) - 1, math.ceil(q * len(ordered)) - 1)]  # noqa: E731
-    return {"p50": statistics.median(ordered), "p90": at(0.9), "p99": at(0.99)}
-
-
-# --------------------------------------------------------------------------- every arm
+# --------------------------------------------------------------------------- one arm
 
 
 def sheet_here() -> Datasheet:
@@ -194,31 +93,53 @@ def sheet_here() -> Datasheet:
 
 def floor_seconds(sizes: Architecture, arm: str, row: Row, sheet: Datasheet) -> float:
     """The least seconds of a step, in the middle of the answer."""
-    quantization, cache = ARMS[arm]
-    token = cache_token_bytes(sizes, cache)
-    return decode_seconds(
-        sizes, "fp8" if quantization else "bf16", token, row.batch, (row.prompt + row.longest) // 2, sheet
-    )
+    kind, token = weights_of(arm), cache_token_bytes(sizes, ARMS[arm][1])
+    return decode_seconds(sizes, kind, token, row.batch, row.context, sheet)
 
 
-def run_arm(arm: str, model: str, rows: Sequence[Row], device: str) -> dict[str, Any]:
-    """Every row of an arm, or why one has no figures."""
+def weights_of(arm: str) -> str:
+    """Weights as `fp8 estimate` calls them; INT8's take the bytes and the time of FP8's."""
+    return "fp8" if ARMS[arm][0] else "bf16"
+
+
+def shares(sizes: Architecture, arm: str, row: Row, got: Mapping[str, Any]) -> dict[str, float]:
+    """The floors of a row, and the shares of them that were reached."""
+    sheet = sheet_here()
+    floor = floor_seconds(sizes, arm, row, sheet)
+    prefill = row.batch * prompt_floor(sizes, weights_of(arm), row.prompt, sheet)
+    return {
+        "floor": floor, "share": floor / got["itl"]["p50"],
+        "prefill_floor": prefill, "prefill_share": prefill / got["prefill_seconds"],
+    }  # fmt: skip
+
+
+def arm_figures(arm: str, model: str, rows: Sequence[Row], device: str, until: float) -> Iterator[dict[str, Any]]:
+    """Bytes of an arm's weights, then each row as it is measured, or why one has no figures."""
     quantization, cache = ARMS[arm]
     served = random_model(config_of(model), device=device, quantization=quantization)
-    sizes, sheet = architecture(model), sheet_here()
-    found: dict[str, Any] = {"weight_bytes": served.nbytes, "matrix_bytes": matrix_bytes(served), "rows": {}}
+    yield {"weight_bytes": served.nbytes, "matrix_bytes": matrix_bytes(served)}
     for row in rows:
-        try:
-            got = run_row(served, row, cache)
-            if served.embedding.is_cuda:
-                got["floor"] = floor_seconds(sizes, arm, row, sheet)
-                got["share"] = got["floor"] / got["itl"]["p50"]
-        except (torch.OutOfMemoryError, ConfigError) as error:
-            got = {"why_not": str(error).splitlines()[0]}
-        found["rows"][row.name] = got
-        print(line(arm, row, got), flush=True)
         release()
-    return found
+        got = row_figures(served, row, cache, until)
+        if served.embedding.is_cuda and "itl" in got:
+            got |= shares(architecture(model), arm, row, got)
+        print(line(arm, row, got), flush=True)
+        yield {"rows": {row.name: got}}
+
+
+def row_figures(served: ServedModel, row: Row, cache: str, until: float) -> dict[str, Any]:
+    """A row's figures, or `why_not`."""
+    try:
+        if time.monotonic() > until:
+            raise LateError
+        return run_row(served, row, cache, until)
+    except LateError:
+        return {"why_not": "skipped: no time is left (--seconds)"}
+    except (torch.OutOfMemoryError, ConfigError) as error:
+        return {"why_not": str(error).splitlines()[0]}
+    except Exception as error:  # noqa: BLE001 - a kernel that fails costs its row, and is told
+        traceback.print_exc()
+        return {"why_not": f"{type(error).__name__}: {error}"[:300]}
 
 
 def matrix_bytes(model: ServedModel) -> int:
@@ -234,23 +155,96 @@ def release() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+# --------------------------------------------------------------------------- every arm
+
+
+class Budget:
+    """Seconds, in equal parts for those who are still to come: what one leaves, the others get."""
+
+    def __init__(self, seconds: float, users: int) -> None:
+        self.end, self.users = time.monotonic() + seconds, users
+
+    def next(self) -> float:
+        """Until when (`time.monotonic`) the next one may go on."""
+        now = time.monotonic()
+        self.users -= 1
+        return now + max(0.0, self.end - now) / (self.users + 1)
+
+
+def run_arm(
+    arm: str, model: str, rows: Sequence[Row], device: str, until: float, note: Callable[[], Any], into: dict[str, Any]
+) -> None:
+    """Measure an arm into a dictionary; `note` is called whenever there is more in it."""
+    into["rows"] = {}
+    work = arm, model, rows, device, until
+    try:
+        for part in apart(arm_figures, *work, until=until + PATIENCE) if device != "cpu" else arm_figures(*work):
+            into["rows"] |= part.pop("rows", {})
+            into |= part
+            note()
+    except BackendError as error:
+        print(f"{arm}: {error}", flush=True)
+        into["rows"] = {row.name: {"why_not": str(error)} for row in rows} | into["rows"]
+        note()
+
+
+def step_kernels(model: str, rows: Sequence[Row], device: str) -> Iterator[dict[str, Any]]:
+    """The kernels of one decode step of each row, FP8 + FP8 KV: name, microseconds in all, how often."""
+    quantization, cache = ARMS["FP8 + FP8 KV"]
+    served = random_model(config_of(model), device=device, quantization=quantization)
+    for row in rows:
+        release()
+        engine, clock = engine_for(served, row, cache), Clock(row)
+        for request in requests(row, engine.model.config.vocab_size):
+            engine.add(request)
+        while not clock.waiting:
+            clock.tick(engine.step())
+        yield {row.name: kernels(engine.step)}
+        for i in range(row.batch):
+            engine.abort(str(i))
+
+
+def tell_kernels(model: str, rows: Sequence[Row], device: str, until: float) -> dict[str, Any]:
+    """`step_kernels`, printed."""
+    found: dict[str, Any] = {}
+    try:
+        for part in apart(step_kernels, model, rows, device, until=until + PATIENCE):
+            found |= part
+            for name, told in part.items():
+                print(f"\n{name}, FP8 + FP8 KV: {sum(us for _, us, _ in told):,.1f} us of kernels in one step")
+                print("\n".join(f"  {us:9.1f} us {count:5} x  {kernel[:90]}" for kernel, us, count in told[:25]))
+    except BackendError as error:
+        print(f"kernels: {error}", flush=True)
+    return found
+
+
+# --------------------------------------------------------------------------- the table
+
+
 def line(arm: str, row: Row, got: Mapping[str, Any]) -> str:
-    """A row of the table."""
-    start = f"{arm:24}{row.name:>12}"
+    """A row of the table: milliseconds, but for the columns that say seconds."""
+    start = f"{arm:20}{row.name:>11}"
     if "why_not" in got:
-        return f"{start}  {got['why_not'][:100]}"
-    itl, ttft, energy = got["itl"], got["ttft"], got.get("joules_per_token")
-    share = f"{got['share']:7.0%}{1e3 * got['floor']:8.2f}" if "share" in got else 15 * " "
-    more = f"{energy:9.3f}" if energy is not None else ""
-    return (
-        f"{start}{1e3 * itl['p50']:9.2f}{1e3 * itl['p99']:9.2f}{share}{got['tokens_per_second']:11,.0f}"
-        f"{ttft['p50']:9.3f}{got['prefill_seconds']:9.3f}{got['e2e']['p50']:9.3f}{more}"
-    )
+        return f"{start}  {got['why_not'].splitlines()[0][:120]}"
+    itl = got["itl"]
+    cells = [
+        cell(1e3 * itl["p50"], "9.2f"), cell(1e3 * itl["p99"], "9.2f"),
+        *(cell(got.get(name) and 1e3 * got[name], "8.2f") for name in ("device", "host", "floor")),
+        cell(got.get("share"), "7.0%"), cell(got["tokens_per_second"], "10,.0f"), cell(got["ttft"]["p50"], "8.3f"),
+        cell(got["prefill_seconds"], "11.3f"), cell(got.get("prefill_share"), "7.0%"), cell(got["e2e"]["p50"], "8.2f"),
+        cell(got.get("joules_per_token"), "9.4f"), f"  {got['compiled']} compiled" if got.get("compiled") else "",
+    ]  # fmt: skip
+    return start + "".join(cells)
+
+
+def cell(value: float | None, form: str) -> str:
+    """A figure, or as many spaces."""
+    return f"{value:{form}}" if value is not None else " " * int(form.partition(".")[0].rstrip(",") or 0)
 
 
 HEAD = (
-    f"{'arm':24}{'row':>12}{'itl ms':>9}{'p99':>9}{'share':>7}{'floor':>8}{'tokens/s':>11}{'ttft s':>9}{'prefill':>9}"
-    f"{'e2e s':>9}{'J/token':>9}"
+    f"{'arm':20}{'row':>11}{'itl ms':>9}{'p99':>9}{'gpu':>8}{'host':>8}{'floor':>8}{'share':>7}{'tokens/s':>10}"
+    f"{'ttft s':>8}{'prefill s':>11}{'share':>7}{'e2e s':>8}{'J/token':>9}"
 )
 
 
@@ -278,27 +272,45 @@ def article(arms: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """See the top of this file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    options = options_of(arguments)
+    rows = [row_of(text, options.tokens) for text in options.rows]
+    kernel_rows = [row_of(text, options.tokens) for text in options.kernels]
+    config, names = config_of(options.model), list(dict.fromkeys(["BF16", *options.arms]))
+    sheet, arms = sheet_here(), {}
+    results = {"model": options.model, "tokens": options.tokens, "article": ARTICLE, "arms": arms,
+               "floors": {"gpu": sheet.name, "bytes_per_second": sheet.read}}  # fmt: skip
+    note = lambda: save(options.out, "serve", results)  # noqa: E731
+    budget = Budget(options.seconds, len(names) + bool(kernel_rows))
+    print(json.dumps(machine()), HEAD, sep="\n", flush=True)
+    try:
+        for arm in names:
+            run_arm(arm, options.model, rows, options.device, budget.next(), note, arms.setdefault(arm, {}))
+        arms |= serve_peers.run(options.peers, config, rows, options.device)
+        print("\n".join(article(arms, rows)))
+        if kernel_rows:
+            results["kernels"] = tell_kernels(options.model, kernel_rows, options.device, budget.next())
+    except KeyboardInterrupt:
+        print(f"stopped; what was measured is in {note()}")
+        raise SystemExit(130) from None
+    print(f"written: {note()}")
+    plot(results, Path(options.out) / "serve.png")
+
+
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        "fp8 bench serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="bench/results", help="folder for serve.json and serve.png")
     parser.add_argument("--model", default="llama-3-8b", help="a name of fp8 plan, or a config.json")
     parser.add_argument("--rows", nargs="+", default=[f"{b}x{p}" for b, p in ROWS], help="batch x prompt, as 16x1024")
     parser.add_argument("--tokens", type=int, default=128, help="steps that have every sequence of a row")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for all arms; what is left then is skipped")
+    parser.add_argument("--kernels", nargs="+", default=[], metavar="ROW", help="rows whose step is told by kernel")
     parser.add_argument("--peers", nargs="*", default=None, help="which peers; all that are installed without a name")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args(arguments)
-    rows = [row_of(text, options.tokens) for text in options.rows]
-    print(json.dumps(machine()), HEAD, sep="\n", flush=True)
-    arms = {arm: run_arm(arm, options.model, rows, options.device) for arm in dict.fromkeys(["BF16", *options.arms])}
-    from . import serve_peers
-
-    arms |= serve_peers.run(options.peers, config_of(options.model), rows, options.device)
-    print("\n".join(article(arms, rows)))
-    results = {"model": options.model, "tokens": options.tokens, "article": ARTICLE, "arms": arms}
-    print(f"written: {save(options.out, 'serve', results)}")
-    from .serve_plot import plot
-
-    plot(results, Path(options.out) / "serve.png")
+    return parser.parse_args(arguments)
 
 
 def row_of(text: str, tokens: int) -> Row:

@@ -1,7 +1,7 @@
 """Serving, online: requests that come when they come, against a server that speaks OpenAI's HTTP.
 
-    python -m fp8.bench.serve_online --url http://127.0.0.1:8000 --rates 1 4 16     ours, vLLM, SGLang, anybody's
-    python -m fp8.bench.serve_online --folder MODEL --arms BF16 FP8                  each arm behind `fp8 serve`
+    fp8 bench serve_online --url http://127.0.0.1:8000 --rates 1 4 16     ours, vLLM, SGLang, anybody's
+    fp8 bench serve_online --folder MODEL --arms BF16 FP8                  each arm behind `fp8 serve`
 
 Requests arrive as a Poisson process (gaps drawn from an exponential distribution, the same at every rate but for the
 scale), whether or not earlier ones have been answered: a server that is too slow gathers a queue, and its times grow,
@@ -37,7 +37,8 @@ from typing import Any
 
 from ..errors import BackendError, ConfigError
 from .machine import machine, save
-from .serve import ARMS, percentiles
+from .serve import ARMS
+from .serve_row import percentiles
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,9 @@ def run_rates(arm: str, url: str, options: argparse.Namespace, model: str) -> li
 
 def main(arguments: list[str] | None = None) -> None:
     """See the top of this file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        "fp8 bench serve_online", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--url", help="of a server that runs")
     parser.add_argument("--folder", type=Path, help="a checkpoint in BF16, served by `fp8 serve` in each arm")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="with --folder")

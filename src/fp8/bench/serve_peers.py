@@ -11,23 +11,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from .serve import Row
+from ..errors import BackendError
+from .apart import apart
+from .serve_row import Row, requests
 
 Config = Mapping[str, Any]
 Answer = Callable[[list[list[int]], int], Any]  # prompts and tokens of each answer, until all is done
 
 
-def vllm(config: Config, rows: Sequence[Row], device: str, quantization: str | None, cache: str) -> dict[str, Any]:
+def vllm(
+    config: Config, rows: Sequence[Row], device: str, quantization: str | None, cache: str
+) -> Iterator[dict[str, Any]]:
     """vLLM with weights of its own `dummy` loader."""
     import vllm as peer  # type: ignore[import-not-found]
 
@@ -43,10 +45,10 @@ def vllm(config: Config, rows: Sequence[Row], device: str, quantization: str | N
             params = peer.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
             return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
 
-        return timed(answer, rows, config["vocab_size"])
+        yield timed(answer, rows, config["vocab_size"])
 
 
-def transformers(config: Config, rows: Sequence[Row], device: str) -> dict[str, Any]:
+def transformers(config: Config, rows: Sequence[Row], device: str) -> Iterator[dict[str, Any]]:
     """transformers' `generate` in BF16, with its default attention and cache."""
     import transformers as peer
 
@@ -64,10 +66,10 @@ def transformers(config: Config, rows: Sequence[Row], device: str) -> dict[str, 
             )  # fmt: skip
         return done.cpu()
 
-    return timed(answer, rows, config["vocab_size"])
+    yield timed(answer, rows, config["vocab_size"])
 
 
-PEERS: dict[str, tuple[str, Callable[..., dict[str, Any]], tuple[Any, ...]]] = {
+PEERS: dict[str, tuple[str, Callable[..., Iterator[dict[str, Any]]], tuple[Any, ...]]] = {
     "vLLM BF16": ("vllm", vllm, (None, "auto")),
     "vLLM FP8": ("vllm", vllm, ("fp8", "auto")),
     "vLLM FP8 + FP8 KV": ("vllm", vllm, ("fp8", "fp8")),
@@ -77,8 +79,6 @@ PEERS: dict[str, tuple[str, Callable[..., dict[str, Any]], tuple[Any, ...]]] = {
 
 def timed(answer: Answer, rows: Sequence[Row], vocabulary: int) -> dict[str, Any]:
     """Every row by the clock."""
-    from .serve import requests
-
     found = {}
     for row in rows:
         prompts = [request.prompt for request in requests(row, vocabulary)]
@@ -105,41 +105,23 @@ def run(names: Sequence[str] | None, config: Config, rows: Sequence[Row], device
     """The peers by name: None: none; empty: all that are installed. Arms as those of `serve.py`."""
     from .serve import line
 
-    if names is None:
-        return {}
     arms: dict[str, Any] = {}
-    for name in names or PEERS:
-        package = PEERS[name][0] if name in PEERS else name
-        why = None if name in PEERS else f"known are {', '.join(PEERS)}"
-        if why is None and importlib.util.find_spec(package) is None:
-            why = f"{package} is not installed"
-        got = apart(name, config, rows, device) if why is None else why
-        arms[name] = {"why_not": got} if isinstance(got, str) else {"rows": got}
-        print(
-            "\n".join([line(name, row, got[row.name]) for row in rows] if isinstance(got, dict) else [f"{name}: {got}"])
-        )
+    for name in [] if names is None else names or PEERS:
+        arms[name] = found = figures(name, config, rows, device)
+        told = [line(name, row, found["rows"][row.name]) for row in rows] if "rows" in found else [found["why_not"]]
+        print("\n".join(told if "rows" in found else [f"{name}: {told[0]}"]), flush=True)
     return arms
 
 
-def apart(name: str, config: Config, rows: Sequence[Row], device: str) -> dict[str, Any] | str:
-    """A peer in a process of its own: its figures, or why there are none."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    worker = context.Process(target=_child, args=(theirs, name, dict(config), list(rows), device))
-    worker.start()
-    theirs.close()
+def figures(name: str, config: Config, rows: Sequence[Row], device: str) -> dict[str, Any]:
+    """{"rows": ...} of a peer, or {"why_not": ...}."""
+    if name not in PEERS:
+        return {"why_not": f"known are {', '.join(PEERS)}"}
+    package, run_peer, more = PEERS[name]
+    if importlib.util.find_spec(package) is None:
+        return {"why_not": f"{package} is not installed"}
     try:
-        return ours.recv()
-    except EOFError:
-        worker.join()
-        return f"its process ended with {worker.exitcode}"
-    finally:
-        worker.join()
-
-
-def _child(pipe: Any, name: str, config: Config, rows: Sequence[Row], device: str) -> None:
-    _, run_peer, more = PEERS[name]
-    try:
-        pipe.send(run_peer(config, rows, device, *more))
-    except Exception as error:  # noqa: BLE001 - a peer that fails must not cost our own figures
-        pipe.send(f"{type(error).__name__}: {error}"[:300])
+        (found,) = apart(run_peer, dict(config), list(rows), device, *more)
+    except BackendError as error:
+        return {"why_not": str(error)}
+    return {"rows": found}

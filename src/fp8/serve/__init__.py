@@ -6,6 +6,7 @@
     models/                     what computes it
     sampler.py, text.py, tokenizer.py     from logits to tokens to text
     graphs.py                   a decode step as one CUDA graph
+    forward.py                  a step on the device, launched or replayed, and the memory that is left to a cache
     engine.py                   all of it, a step at a time
     llm.py, command.py          the doors: `fp8.LLM`, `fp8 generate`, `fp8 chat`
     http/                       the door for everybody else: `fp8 serve`

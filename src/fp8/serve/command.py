@@ -61,7 +61,7 @@ def generate_command(
     llm = open_llm(folder, tokenizer, device, quantization, kv_cache_dtype, max_model_len)
     outputs = llm.stream(prompt, params)
     typer.echo(prompt, nl=False)
-    for piece in text_of(outputs):
+    for piece in text_of(outputs, max_tokens):
         typer.echo(piece, nl=False)
     typer.echo()
 
@@ -127,7 +127,7 @@ class Conversation:
         self.messages.append({"role": "user", "content": line})
         said = ""
         try:
-            with closing(text_of(self.llm.stream(self.messages, self.params))) as pieces:
+            with closing(text_of(self.llm.stream(self.messages, self.params), self.params.max_tokens)) as pieces:
                 for piece in pieces:
                     said += piece
                     self.console.print(piece, end="", markup=False)
@@ -141,13 +141,17 @@ class Conversation:
         self.messages.append({"role": "assistant", "content": said})
 
 
-def text_of(outputs: Generator[Output]) -> Generator[str]:
-    """The pieces of an answer; one that fails raises."""
-    with closing(outputs):
-        for output in outputs:
-            if output.error is not None:
-                raise Fp8Error(output.error)
-            yield output.new_text
+def text_of(outputs: Generator[Output], most: int | None = None) -> Generator[str]:
+    """The pieces of an answer; one that fails raises. Says so where it ends before `most` tokens for want of room."""
+    made = 0
+    for output in outputs:
+        if output.error is not None:
+            raise Fp8Error(output.error)
+        made += len(output.new_tokens)
+        yield output.new_text
+        if output.finished == "length" and most is not None and made < most:
+            held = output.prompt_tokens + made
+            typer.echo(f"\n[the model holds no more than these {held} tokens of prompt and answer]", err=True, nl=False)
 
 
 def open_llm(

@@ -1,7 +1,7 @@
 """The engine: requests in, outputs out, one step at a time.
 
-    add ─► Scheduler.plan ─► inputs ─► model ─► Sampler ─► Flight ─► settle ─► Output
-               host           one copy   device launches    tokens on the way to the host
+    add ─► Scheduler.plan ─► Forward ─► Sampler ─► Flight ─► settle ─► Output
+               host            device launches      tokens on the way to the host
 
 **One step ahead.** `step` plans and launches a step, and only then reads the tokens of the step before. So the device
 has work while the host looks at tokens, writes text and plans, and nothing waits for the host between two tokens: the
@@ -24,7 +24,6 @@ would have written is not found by anybody; the engine goes on. Not thread-safe:
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,10 +32,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention.paged import Chunk
 from ..errors import ConfigError, RequestError
-from . import graphs
-from .inputs import batch_of, fetch, gather, longest, send
+from .forward import Forward
+from .inputs import fetch, send
 from .pages import PagePool
 from .params import EngineOptions
 from .request import EngineStats, Finish, Logprob, Output, Request, TokenLogprobs
@@ -45,8 +43,6 @@ from .scheduler import Scheduler, Work
 from .sequence import Sequence
 from .text import Writer
 from .tokenizer import Tokenizer
-
-CPU_CACHE_BYTES = 1 << 30  # most that a cache takes on a CPU, unless `pages` says otherwise
 
 
 @dataclass(frozen=True)
@@ -87,8 +83,9 @@ class Engine:
         held, asked = model.config.max_positions, self.options.max_model_len
         if asked is not None and asked > held:
             raise ConfigError(f"max_model_len={asked} is more than the {held} positions that the model was made for.")
-        self.rows = self.options.max_running if self.options.deterministic else 0
-        pages = self.options.pages or self._affordable(kv_cache_dtype, asked or held)
+        self.sampler = Sampler(self.options.max_running, model.config.vocab_size, self.device)
+        self.forward = Forward(model, self.options, self.sampler.last)
+        pages = self.options.pages or self.forward.affordable(kv_cache_dtype, asked or held)
         self.max_model_len = min(asked or held, pages * self.options.page_size + 1)
         if asked is not None and asked > self.max_model_len:
             raise ConfigError(
@@ -100,11 +97,10 @@ class Engine:
             PagePool(pages),
             self.options.page_size,
             max_running=self.options.max_running,
-            max_step_tokens=self.rows or self.options.max_step_tokens,
+            max_step_tokens=self.forward.most,
             prefix_caching=self.options.prefix_caching,
         )
-        self.sampler = Sampler(self.options.max_running, model.config.vocab_size, self.device)
-        self.graphs = self._capture()
+        self.forward.open(self.cache, self.max_model_len)
         self._live: dict[str, Sequence] = {}
         self._flight: Flight | None = None
         self._ended: list[Output] = []
@@ -135,10 +131,15 @@ class Engine:
         if not prompt:
             raise RequestError(f"the prompt of request {name!r} is empty: give at least one token.")
         if len(prompt) >= self.max_model_len:
+            room = self.scheduler.pool.total * self.options.page_size
+            more = (
+                f", or give the engine more pages: its cache holds {room}"
+                if room < self.model.config.max_positions
+                else ""
+            )
             raise RequestError(
                 f"the prompt of request {name!r} has {len(prompt)} tokens; with one token of an answer, this engine "
-                f"holds {self.max_model_len} (the model {self.model.config.max_positions}, the cache "
-                f"{self.scheduler.pool.total * self.options.page_size}): cut the prompt, or give the engine more pages."
+                f"holds {self.max_model_len}: cut the prompt{more}."
             )
         named = {"the prompt": prompt, "logit_bias": p.logit_bias or {}, "stop_token_ids": p.stop_token_ids or ()}
         for what, tokens in named.items():
@@ -160,7 +161,7 @@ class Engine:
         """Launch one more step, if there is work, and tell what became of requests in the step before."""
         work = self.scheduler.plan()
         try:
-            with self._there():
+            with self.forward.there():
                 launched = self._launch(work) if work else None
         except BaseException:
             self._undo(work)
@@ -196,7 +197,7 @@ class Engine:
         for w in work:
             if w.fresh:
                 self.sampler.seat(w.sequence)
-        logits = self._forward(work)
+        logits = self.forward(work)
         chosen, told = [w for w in work if w.sampled], [w for w in work if w.told]
         tokens = self.sampler(logits[: len(chosen)], [self._row(w) for w in chosen]) if chosen else logits.new_zeros(0)
         asked = max((w.sequence.request.params.logprobs or 0 for w in chosen), default=0)
@@ -210,24 +211,14 @@ class Engine:
             event.record()
         return Flight([w.sequence for w in chosen], told, tokens, logprobs, prompt_logprobs, event)
 
-    def _forward(self, work: list[Work]) -> Tensor:
-        """Logits of the rows that are sampled, then of those of prompts, then perhaps of rows that fill up."""
-        decode = all(w.new == 1 and w.sampled and not w.told for w in work)
-        if decode and self.graphs is not None and self.graphs.size_for(len(work)):
-            return self.graphs(gather(work, self.options.page_size, width=self.graphs.width))
-        arrays = gather(work, self.options.page_size, rows=self.rows)
-        sent = send(arrays, self.device)
-        chunks = None if self.rows else tuple(Chunk(w.start, w.new) for w in work)
-        batch = batch_of(sent, self.sampler.last, one_kernel=self.rows > 0, chunks=chunks)
-        return self.model(batch, self.cache)
-
     def _row(self, work: Work) -> Row:
         sequence, params = work.sequence, work.sequence.request.params
         position = work.start + work.new
         early = position - sequence.prompt_length < params.min_tokens
         banned = tuple(t for t in sequence.ends if t < self.sampler.vocab_size) if early else ()
         assert sequence.seat is not None
-        return Row(params, sequence.seat, uniform(sequence.request.seed, position), banned)
+        u = uniform(sequence.request.seed, position) if params.temperature else 0.0
+        return Row(params, sequence.seat, u, banned)
 
     def _tell_prompts(self, logits: Tensor, told: list[Work]) -> Told:
         tokens = np.array([w.sequence.tokens[p + 1] for w in told for p in w.told], dtype=np.int64)
@@ -341,55 +332,3 @@ class Engine:
 
     def _text(self, token: int) -> str | None:
         return None if self.tokenizer is None else self.tokenizer.decode([token], skip_special_tokens=False)
-
-    # ------------------------------------------------------------------ beginning
-
-    def _there(self) -> Any:
-        """The GPU, in a process with several: events, graphs and kernels belong to the current one."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-
-    def _affordable(self, dtype: str, longest: int) -> int:
-        """Pages for the memory that is left; on a CPU not more than could be used."""
-        size = self.options.page_size
-        page = self.model.new_cache(1, size, dtype).nbytes
-        if self.device.type == "cuda":
-            with self._there():
-                step = self._measure(dtype)
-            free, total = torch.cuda.mem_get_info(self.device)
-            room = free - int((1 - self.options.memory_fraction) * total) - step
-        else:
-            room = min(CPU_CACHE_BYTES, page * self.options.max_running * -(-longest // size))
-        if room < page:
-            raise ConfigError(
-                f"no memory is left for a cache: a page takes {page:,} bytes, and {max(room, 0):,} are free. Raise "
-                "memory_fraction, lower max_step_tokens or max_running, or quantize the model."
-            )
-        return room // page
-
-    @torch.no_grad()
-    def _measure(self, dtype: str) -> int:
-        """Bytes that the largest step takes beside weights and cache: the last chunk of the longest prompt, and logits
-        of as many rows as may run. The sampler's share is reckoned."""
-        length = self.options.max_model_len or self.model.config.max_positions
-        rows = min(self.rows or self.options.max_step_tokens, length)
-        arrays = longest(length - rows, rows, self.options.page_size)
-        arrays["wanted"] = np.arange(min(rows, self.options.max_running))
-        last = torch.zeros(1, dtype=torch.int64, device=self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        cache = self.model.new_cache(1, self.options.page_size, dtype)
-        chunks = None if self.rows else (Chunk(length - rows, rows),)
-        self.model(batch_of(send(arrays, self.device), last, one_kernel=self.rows > 0, chunks=chunks), cache)
-        peak = torch.cuda.max_memory_allocated(self.device) - before
-        sampling = 48 * self.options.max_running * self.model.config.vocab_size  # sorted, twice, in int64 and FP32
-        torch.cuda.empty_cache()
-        return peak + sampling
-
-    def _capture(self) -> graphs.DecodeGraphs | None:
-        if self.device.type != "cuda" or not self.options.graphs or not getattr(self.model, "capturable", True):
-            return None
-        sizes = [self.rows] if self.rows else graphs.sizes_up_to(self.options.max_running)
-        with torch.no_grad(), self._there():
-            width = self.scheduler.pages_for(self.max_model_len)
-            last = self.sampler.last
-            return graphs.DecodeGraphs(self.model, self.cache, last, sizes, width, one_kernel=self.rows > 0)

@@ -62,6 +62,10 @@ class DecodeGraphs:
         """The number of rows of the graph that takes so many; None: no graph does."""
         return next((size for size in self.sizes if size >= rows), None)
 
+    def of(self, rows: int) -> Any:
+        """The graph of so many rows, to be replayed over what was sent to it last; None: there is none."""
+        return self._captured[rows].graph if rows in self._captured else None
+
     def __call__(self, arrays: Arrays) -> Tensor:
         """Launch a decode batch of `gather(work, page_size, width=self.width)`: logits [rows of the graph, V]."""
         size = self.size_for(len(arrays["tokens"]))

@@ -80,21 +80,6 @@ def filled(arrays: Arrays, rows: int) -> Arrays:
     }
 
 
-def longest(start: int, rows: int, page_size: int) -> Arrays:
-    """A chunk of `rows` rows from position `start` on, for measuring: it reads page 0 over and over, stores nothing."""
-    nothing = np.zeros(rows, dtype=np.int64)
-    return {
-        "tokens": nothing,
-        "positions": np.arange(start, start + rows, dtype=np.int32),
-        "slots": nothing - 1,
-        "starts": np.array([0, rows], dtype=np.int32),
-        "lengths": np.array([start + rows], dtype=np.int32),
-        "pages": np.zeros((1, -(-(start + rows) // page_size)), dtype=np.int32),
-        "wanted": nothing[:1],
-        "pending": nothing - 1,
-    }
-
-
 def empty(rows: int, width: int) -> Arrays:
     """A batch of `rows` rows that reads and stores nothing: for warming up and capturing."""
     nothing = np.zeros(0, dtype=np.int64)

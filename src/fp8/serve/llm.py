@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import itertools
 import operator
+import re
 import time
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,16 @@ from .tokenizer import Message, Tokenizer, read_tokenizer
 Prompt = str | Sequence[int] | Mapping[str, Any]  # a text, tokens, {"prompt": text} or {"prompt_token_ids": tokens}
 CACHES = {"auto": "bf16", "bfloat16": "bf16", "bf16": "bf16", "fp8": "fp8", "fp8_e4m3": "e4m3", "e4m3": "e4m3"}
 CACHES |= {"fp8_e5m2": "e5m2", "e5m2": "e5m2"}
-ONLY = {"tensor_parallel_size": (1,), "pipeline_parallel_size": (1,), "dtype": ("auto", "bfloat16")}
+ONLY = {  # arguments of vLLM's that may ask for what is so anyway
+    "tensor_parallel_size": (1,), "pipeline_parallel_size": (1,), "dtype": ("auto", "bfloat16"),
+    "trust_remote_code": (False,), "enable_chunked_prefill": (True, None), "tokenizer_mode": ("auto",),
+    "load_format": ("auto", "safetensors"),
+}  # fmt: skip
+WORDS = {  # vLLM's, for those of `EngineOptions`
+    "block_size": "page_size", "gpu_memory_utilization": "memory_fraction", "max_num_seqs": "max_running",
+    "num_gpu_blocks_override": "pages", "max_num_batched_tokens": "max_step_tokens",
+    "enable_prefix_caching": "prefix_caching",
+}  # fmt: skip
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -77,7 +89,8 @@ class LLM:
 
     model            the folder of a checkpoint: BF16, or FP8 as `fp8 quantize` and others write it
     tokenizer        a folder to read it from instead, or "bytes"
-    quantization     None: as the file says; "fp8": quantize a BF16 checkpoint while it is loaded
+    quantization     None, or the file's own method by name: as the file says; "fp8": quantize a BF16 checkpoint while
+                     it is loaded
     kv_cache_dtype   "fp8" (E4M3), "fp8_e5m2", or "auto" (BF16)
     max_model_len, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization, enable_prefix_caching, block_size,
     num_gpu_blocks_override, enforce_eager
@@ -97,7 +110,7 @@ class LLM:
         kv_cache_dtype: str = "fp8",
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 8192,
+        max_num_batched_tokens: int = 16384,
         gpu_memory_utilization: float = 0.9,
         enable_prefix_caching: bool = True,
         block_size: int = 64,
@@ -110,23 +123,27 @@ class LLM:
         refuse(others)
         if kv_cache_dtype not in CACHES:
             raise ConfigError(f"kv_cache_dtype cannot be {kv_cache_dtype!r}. {suggest(kv_cache_dtype, CACHES)}")
-        options = EngineOptions(
-            page_size=block_size,
-            memory_fraction=gpu_memory_utilization,
-            pages=num_gpu_blocks_override,
-            max_running=max_num_seqs,
-            max_step_tokens=max_num_batched_tokens,
-            prefix_caching=enable_prefix_caching,
-            graphs=not enforce_eager,
-            deterministic=deterministic,
-            max_model_len=max_model_len,
-        )
+        sizes = {
+            "block_size": block_size, "gpu_memory_utilization": gpu_memory_utilization, "max_num_seqs": max_num_seqs,
+            "num_gpu_blocks_override": num_gpu_blocks_override, "max_num_batched_tokens": max_num_batched_tokens,
+            "enable_prefix_caching": enable_prefix_caching,
+        }  # fmt: skip
+        with in_their_words():
+            options = EngineOptions(
+                graphs=not enforce_eager,
+                deterministic=deterministic,
+                max_model_len=max_model_len,
+                **{WORDS[name]: value for name, value in sizes.items()},
+            )
         folder = Path(model).expanduser()
         self.tokenizer: Tokenizer | None = read_tokenizer(folder, tokenizer)
         self._defaults = sampling_defaults(folder)
+        if quantization is not None and quantization == method_of(folder):
+            quantization = None
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         served = load_model(folder, device=device, quantization=quantization)
-        self.engine = Engine(served, self.tokenizer, options, kv_cache_dtype=CACHES[kv_cache_dtype])
+        with in_their_words():
+            self.engine = Engine(served, self.tokenizer, options, kv_cache_dtype=CACHES[kv_cache_dtype])
         self._numbers = itertools.count()
         self._mail: dict[str, list[Output]] = {}
 
@@ -151,11 +168,14 @@ class LLM:
         sampling_params   one for all, or one each; None: what the checkpoint's authors recommend
         use_tqdm          show progress
 
-        Raises `RequestError` for the first prompt that cannot be served; then none is.
+        Raises `RequestError` for the first prompt that cannot be served; then none is. Warns of a `max_tokens` that is
+        more than there is room for: such an answer ends where the room does, with finish_reason="length".
         """
         given = listed(prompts)
         params = self._each(sampling_params, len(given))
         results = [self._begin(prompt, p) for prompt, p in zip(given, params, strict=True)]
+        if sampling_params is not None:
+            self._tell_of_room(results, params)
         asked = [self._requests(result, p) for result, p in zip(results, params, strict=True)]
         places = {request.id: (r, i) for r, each in zip(results, asked, strict=True) for i, request in enumerate(each)}
         with Progress(console=Console(stderr=True), disable=not use_tqdm, transient=True) as bar:
@@ -218,6 +238,19 @@ class LLM:
         outputs = [CompletionOutput(i) for i in range(params.n)]
         return RequestOutput(str(next(self._numbers)), text, tokens, outputs)
 
+    def _tell_of_room(self, results: list[RequestOutput], params: list[SamplingParams]) -> None:
+        """Warn of the first answer that may not become as long as was asked."""
+        for result, p in zip(results, params, strict=True):
+            length = len(result.prompt_token_ids)
+            if p.max_tokens is not None and 0 < self.engine.max_model_len - length < p.max_tokens:
+                warnings.warn(
+                    f"max_tokens={p.max_tokens} is more than is left behind a prompt of {length} tokens: this engine "
+                    f"holds {self.engine.max_model_len} in all, and the answer ends there with finish_reason='length'. "
+                    "max_tokens=None asks for as many as there are.",
+                    stacklevel=3,
+                )
+                return
+
     def _requests(self, result: RequestOutput, params: SamplingParams) -> list[Request]:
         """One request a text: they share the prompt's pages."""
         return list(requests_of(result.request_id, result.prompt_token_ids, params))
@@ -240,6 +273,16 @@ class LLM:
             for request in requests:
                 self._mail.pop(request.id, None)
                 self.engine.abort(request.id)
+
+
+@contextmanager
+def in_their_words() -> Iterator[None]:
+    """An error that names a setting of the engine's names it as the user did."""
+    try:
+        yield
+    except ConfigError as error:
+        names = {ours: theirs for theirs, ours in WORDS.items()}
+        raise ConfigError(re.sub(r"pages(?==)|\w+_\w+", lambda word: names.get(word[0], word[0]), str(error))) from None
 
 
 def requests_of(
@@ -275,6 +318,12 @@ def refuse(others: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name}={value!r}: here it is {' or '.join(map(repr, ONLY[name]))}.")
         known = [n for n in LLM.__init__.__annotations__ if n not in ("others", "return")]
         raise ConfigError(f"LLM has no argument {name!r}. {suggest(name, known)}")
+
+
+def method_of(folder: Path) -> str | None:
+    """How a checkpoint was quantized, as it says itself: "compressed-tensors", "fp8"; None: it was not."""
+    path = folder / "config.json"
+    return (read_json(path).get("quantization_config") or {}).get("quant_method") if path.is_file() else None
 
 
 def sampling_defaults(folder: Path) -> dict[str, Any]:

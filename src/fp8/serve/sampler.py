@@ -113,7 +113,8 @@ class Sampler:
             logits = logits.index_put((sent["bias_row"], sent["bias_token"]), sent["bias"], accumulate=True)
         if penalized := any(row.params.penalized for row in rows):
             logits = self._penalized(logits, sent)
-        tokens, top = logits.argmax(-1), logits.amax(-1, keepdim=True)
+        top, tokens = logits.max(-1, keepdim=True)
+        tokens = tokens.squeeze(-1)
         if any(row.params.temperature > 0 for row in rows):
             keep = any(row.params.top_k > 0 or row.params.top_p < 1 for row in rows)
             tokens = torch.where(sent["temperature"] == 0, tokens, drawn(logits, top, sent, keep))
@@ -134,20 +135,26 @@ class Sampler:
 
 
 def arrays_of(rows: Rows[Row], vocab_size: int) -> Arrays:
-    """The parameters of the rows, an array each, and all changes of single logits."""
-    params = [row.params for row in rows]
+    """The parameters of the rows, an array each, and all changes of single logits; of rows that all take the largest
+    logit as it is, their seats alone."""
+    params, seats = [row.params for row in rows], {"seat": np.array([row.seat for row in rows])}
+    if all(row.params.plain and not row.banned for row in rows):
+        return seats
     floats = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
-    kept = [p.top_k if p.top_k > 0 else vocab_size for p in params]
+    kept = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
     changes = [dict(row.params.logit_bias or {}) | dict.fromkeys(row.banned, -np.inf) for row in rows]
     flat = [(i, token, value) for i, change in enumerate(changes) for token, value in change.items()]
-    return {name: np.array([getattr(p, name) for p in params], dtype=np.float32) for name in floats} | {
-        "u": np.array([row.u for row in rows]),
-        "seat": np.array([row.seat for row in rows]),
-        "top_k": np.array(kept),
-        "bias_row": np.array([i for i, _, _ in flat], dtype=np.int64),
-        "bias_token": np.array([token for _, token, _ in flat], dtype=np.int64),
-        "bias": np.array([value for _, _, value in flat], dtype=np.float32),
-    }
+    return (
+        seats
+        | {name: np.array([getattr(p, name) for p in params], dtype=np.float32) for name in floats}
+        | {
+            "u": np.array([row.u for row in rows]),
+            "top_k": np.array(kept),
+            "bias_row": np.array([i for i, _, _ in flat], dtype=np.int64),
+            "bias_token": np.array([token for _, token, _ in flat], dtype=np.int64),
+            "bias": np.array([value for _, _, value in flat], dtype=np.float32),
+        }
+    )
 
 
 def drawn(logits: Tensor, top: Tensor, sent: dict[str, Tensor], keep: bool) -> Tensor:

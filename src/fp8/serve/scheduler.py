@@ -10,7 +10,8 @@
 its pages back and waits again, at the head of the queue; it may be the one that asked. Later everything that it had is
 computed anew, in chunks ("recomputation"): the same tokens, hence the same bits, and its own pages are often still
 in the cache. The oldest is never preempted for a younger one, so that it ends, and then the next: nobody waits for
-ever. A sequence is admitted only when its whole length fits, and nobody is in a step that preempted.
+ever. A sequence is admitted only when its whole length fits, so nobody is in a step that preempted: what a preempted
+one gave back, less what it was for, is less than it needs.
 
 **Shared beginnings.** A page is named (`pages.py`) as soon as the step that fills it is planned and its tokens are
 known. Within a step each layer writes all keys and values before any are read, and steps run in order, so a sequence
@@ -76,13 +77,12 @@ class Scheduler:
         """The next step's work, at most `max_step_tokens` in all, the longest chunk last; the sequences count as
         computed so far."""
         work: list[Work] = []
-        before, self._left = self.preemptions, self.max_step_tokens
+        self._left = self.max_step_tokens
         for sequence in sorted(self.running, key=lambda s: s.to_do > 1):  # stable: the oldest first in both halves
             new = self._room(sequence)
             if sequence.seat is not None and new > 0 and self._grow(sequence, new, work):
                 work.append(self._advance(sequence, new))
-        if self.preemptions == before:
-            self._admit(work)
+        self._admit(work)
         return sorted(work, key=lambda w: w.new)  # attention takes neighbours of one kind together
 
     def undo(self, work: list[Work]) -> None:
@@ -105,10 +105,10 @@ class Scheduler:
     def publish(self, sequence: Sequence) -> None:
         """Let others find its pages that are full and whose tokens are known."""
         full = min(sequence.computed, len(sequence.tokens)) // self.page_size
-        if self.prefix_caching and sequence.seat is not None:
+        if self.prefix_caching and sequence.seat is not None and full > sequence.published:
             for i in range(sequence.published, full):
                 self.pool.name(sequence.pages[i], sequence.name(i, self.page_size))
-            sequence.published = max(sequence.published, full)
+            sequence.published = full
 
     def conceal(self, sequence: Sequence) -> None:
         """Let nobody find its pages, unless somebody shares them: what they hold is not to be trusted."""
@@ -163,7 +163,7 @@ class Scheduler:
 
     def _shared(self, sequence: Sequence) -> list[int]:
         """The pages of its beginning that are in the cache, leaving at least one token to compute."""
-        if not self.prefix_caching or sequence.to_tell:
+        if sequence.to_tell:
             return []
         full = (sequence.length - 1) // self.page_size
         return self.pool.find(sequence.name(i, self.page_size) for i in range(full))

@@ -21,7 +21,7 @@ in q): what they get is dropped. So the past has a length of which few kinds exi
                                                                 seen by rows that are nobody's
     past       BLOCK, 2 BLOCK, 4 BLOCK, ... up to LARGEST keys  for the chunk's rows, filled up to a multiple of STEP
 
-because cuDNN plans for each shape that it has not met, which takes the host tens of milliseconds: 84 shapes for chunks
+because cuDNN plans for each shape that it has not met, which takes the host 60 ms, once: 116 shapes at most for chunks
 of up to 8192 tokens, however long a prompt is. The keys of one call are gathered at a time, so memory does not grow
 with the prompt, but for the results of its calls.
 

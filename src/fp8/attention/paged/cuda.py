@@ -44,9 +44,10 @@ class Operands(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Plan:
-    """Keys of a partition, and of one of a sequence of at most `short`; warps of a block; steps in flight.
+    """Keys of a partition, and of one of a sequence of at most `short`; warps of a block; steps in flight; whether keys
+    are converted by arithmetic on bits.
 
-    All but `stages` enter the bits, so they are constants.
+    All but `stages` enter the bits of a result, so they are constants.
     """
 
     keys: int = 512
@@ -54,11 +55,12 @@ class Plan:
     short: int = 2048
     warps: int = 4
     stages: int = 3
+    bits: bool = True
 
     def shared(self, group: int, dynamic: bool, sequences: int = MOST_SEQUENCES) -> int:
-        """Bytes of shared memory: the warps' states, the rings, the partitions of each sequence."""
+        """Bytes of shared memory: the warps' states, the rings, the length and partitions of each sequence."""
         states = 4 * self.warps * (group * WIDTH + 2 * 8)
-        return states + self.stages * self.warps * (4096 + (128 if dynamic else 0)) + 4 * sequences
+        return states + self.stages * self.warps * (4096 + (128 if dynamic else 0)) + 8 * sequences
 
     def blocks(self, shared: int) -> int:
         """Blocks that a multiprocessor holds at once."""
@@ -116,7 +118,8 @@ def partitions(
     sizes = {"PART": use.keys, "FEW": use.few, "SHORT": use.short}
     constants = {
         "GROUP": group, "E4M3": int(layer.key_codes.dtype == torch.float8_e4m3fn), "DYNAMIC": int(dynamic),
-        "PAGE": layer.page_size, "WARPS": use.warps, "STAGES": use.stages, "TURN": int(bool(turned)), **sizes,
+        "PAGE": layer.page_size, "WARPS": use.warps, "STAGES": use.stages, "TURN": int(bool(turned)),
+        "BITS": int(use.bits), **sizes,
     }  # fmt: skip
     held = {
         "q": q, "keys": layer.key_codes, "values": layer.value_codes, "key_scale": layer.key_scale,
@@ -128,8 +131,8 @@ def partitions(
         sequences=sequences, kv=kv, width=pages.shape[1], parts=parts, scale=scale * LOG2E,
     )  # fmt: skip
     shared = use.shared(group, dynamic, sequences)
-    blocks = torch.cuda.get_device_properties(q.device).multi_processor_count * use.blocks(shared)
-    blocks = min(blocks, sequences * kv * parts)
+    at_once = torch.cuda.get_device_properties(q.device).multi_processor_count * use.blocks(shared)
+    blocks = kv * max(1, min(at_once // kv, sequences * parts))
     nvrtc.launch(
         SOURCE, "decode", tuple(constants.items()), q.device, blocks, 32 * use.warps, operands,
         shared=shared, early=early,

@@ -1,11 +1,13 @@
 // Decode attention over pages of FP8 keys and values: one query row a sequence, a stream of codes past the tensor core.
 //
 // An item is one partition of one sequence and key head: PART positions, or FEW where the sequence has at most SHORT, so
-// that a short one is still spread over the GPU. Block b takes the items b, b + blocks, ... Within an item warp v takes
-// the tiles v, v + WARPS, ... of 16 keys. A tile never straddles a page. Who computes an item is chance, what is computed
-// is not: partitions, tiles, and the order in which warps and then partitions are joined depend on the sequence's length
-// and positions alone. What makes codes of the rows of out joins the partitions first (fused/rows). (Letting the last
-// block join by a ticket was three times as slow: a fence of the whole GPU costs it 20 ns, whoever else could be working.)
+// that a short one is still spread over the GPU. Block b has key head b % KV and a range of consecutive partitions, as long
+// as any other block's: the blocks of all heads go through the same pages at the same time, and the queries change only
+// with the sequence. Within an item warp v takes the tiles v, v + WARPS, ... of 16 keys. A tile never straddles a page. Who
+// computes an item is chance, what is computed is not: partitions, tiles, and the order in which warps and then partitions
+// are joined depend on the sequence's length and positions alone. What makes codes of the rows of out joins the partitions
+// first (fused/rows). (Letting the last block join by a ticket was three times as slow: a fence of the whole GPU costs it
+// 20 ns, whoever else could be working.)
 //
 // Both products use m16n8k16 with F16 operands and FP32 sums; codes are F16 numbers. Keys, and channels of values, are
 // the 16 rows; the group's queries, 8 at most, are the columns:
@@ -34,7 +36,7 @@
 // stores them. Bytes are those of `rope_write`.
 //
 // What is compiled in: GROUP query heads a key head (8 at most), E4M3, DYNAMIC (a scale a token) or one a head, PAGE,
-// PART, FEW, SHORT, WARPS, STAGES, TURN. D is 128.
+// PART, FEW, SHORT, WARPS, STAGES, TURN, BITS (how keys are converted). D is 128.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -67,7 +69,14 @@ struct Fragment {
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-__device__ __forceinline__ void copy16(u32 to, const u8* from, bool there) {
+// 16 bytes, so much further than `to` and `from`.
+template <int PAST, int BEYOND>
+__device__ __forceinline__ void copy16(u32 to, const u8* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %1], [%2 + %3], 16;" ::"r"(to), "n"(PAST), "l"(from), "n"(BEYOND)
+               : "memory");
+}
+
+__device__ __forceinline__ void copy16_if(u32 to, const u8* from, bool there) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0)
                : "memory");
 }
@@ -93,6 +102,12 @@ __device__ __forceinline__ float read4(u32 from) {
   return x;
 }
 
+__device__ __forceinline__ u32 bytes_of(u32 a, u32 b, u32 which) {
+  u32 y;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(which));
+  return y;
+}
+
 // Two codes to two F16 numbers.
 __device__ __forceinline__ u32 widen(u32 pair) {
   u32 two;
@@ -102,6 +117,19 @@ __device__ __forceinline__ u32 widen(u32 pair) {
   asm("cvt.rn.f16x2.e5m2x2 %0, %1;" : "=r"(two) : "h"((u16)pair));
 #endif
   return two;
+}
+
+// Four codes to two pairs: of the first two and the last two; or, with BITS, of the even and the odd ones, 2^-8 of E4M3:
+// by arithmetic on bits, because conversions share a unit with exponentials that is slow. A NaN of E4M3 becomes a number.
+__device__ __forceinline__ void widen_keys(u32 word, u32& low, u32& high) {
+#if !BITS
+  low = widen(word & 0xFFFF), high = widen(word >> 16);
+#elif E4M3
+  low = (word & 0x00FF00FF) << 7, high = bytes_of(word, 0, 0x4341) << 7;  // the sign at bit 14
+  low += low & 0x40004000, high += high & 0x40004000;
+#else
+  low = bytes_of(word, 0, 0x2404), high = word & 0xFF00FF00;
+#endif
 }
 
 __device__ __forceinline__ u32 to_f16s(float low, float high) {
@@ -127,12 +155,6 @@ __device__ __forceinline__ u32 transposed(u32 x) {
 __device__ __forceinline__ float power(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ u32 bytes_of(u32 a, u32 b, u32 which) {
-  u32 y;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(which));
   return y;
 }
 
@@ -173,37 +195,55 @@ __device__ __forceinline__ int part_of(int length) { return length <= SHORT ? FE
 
 __device__ __forceinline__ int parts_of(int length) { return (length + part_of(length) - 1) / part_of(length); }
 
-// An item and a step in it. `ends[s]` is the number of partitions of the sequences up to s.
+// An item and a step in it: positions first to last - 1 of a sequence. `left` items are this block's, this one included.
 struct Place {
-  int item, step, sequence, head, part, length, first, last, steps;  // positions first to last - 1
-  int page;                                                          // lane i: page i of these
+  int sequence, part, left, length, first, last, step, steps;
 
-  __device__ __forceinline__ void find(const Operands& o, const int* ends, int items, int wanted, int lane) {
-    item = wanted, step = 0;
-    if (item >= items) return;
-    int of_all = item / o.kv, low = 0, high = o.sequences - 1;
-    head = item % o.kv;
-    while (low < high) {
-      int middle = (low + high) / 2;
-      if (ends[middle] > of_all)
-        high = middle;
-      else
-        low = middle + 1;
-    }
-    sequence = low, part = of_all - (low ? ends[low - 1] : 0);
-    length = o.lengths[low];
+  __device__ __forceinline__ void open(const int* lengths) {
+    length = lengths[sequence];
     int size = part_of(length);
     first = part * size, last = min(length, first + size);
-    steps = (last - first + TILE * WARPS - 1) / (TILE * WARPS);
-    int number = first / PAGE + lane;
-    page = number * PAGE < last ? o.pages[(u64)sequence * o.width + number] : 0;
+    step = 0, steps = (last - first + TILE * WARPS - 1) / (TILE * WARPS);
   }
 
-  __device__ __forceinline__ void next(const Operands& o, const int* ends, int items, int lane) {
-    if (++step == steps) find(o, ends, items, item + gridDim.x, lane);
+  __device__ __forceinline__ void next_item(const int* lengths) {
+    if (--left == 0) return;
+    if (last < length)
+      part++;
+    else
+      for (part = 0, sequence++; lengths[sequence] == 0;) sequence++;
+    open(lengths);
   }
 
   __device__ __forceinline__ int tile(int warp) const { return first + (step * WARPS + warp) * TILE; }
+};
+
+// The place that is fetched, and the numbers of pages, lane i's of page i: this item's and, asked for early, the next's.
+struct Ahead {
+  Place at, after;
+  int page, coming;
+
+  __device__ __forceinline__ int pages_of(const Operands& o, const Place& p, int lane) {
+    int number = p.first / PAGE + lane;
+    return p.left > 0 && number * PAGE < p.last ? o.pages[(u64)p.sequence * o.width + number] : 0;
+  }
+
+  __device__ __forceinline__ void begin(const Operands& o, const Place& p, const int* lengths, int lane) {
+    at = after = p;
+    page = pages_of(o, at, lane);
+    follow(o, lengths, lane);
+  }
+
+  __device__ __forceinline__ void follow(const Operands& o, const int* lengths, int lane) {
+    if (after.left > 0) after.next_item(lengths);
+    coming = pages_of(o, after, lane);
+  }
+
+  __device__ __forceinline__ void next(const Operands& o, const int* lengths, int lane) {
+    if (++at.step < at.steps) return;
+    at = after, page = coming;
+    follow(o, lengths, lane);
+  }
 };
 
 struct State {  // lane (g, q): of heads 2q and 2q + 1
@@ -255,11 +295,11 @@ __device__ __forceinline__ void store(const Operands& o, const float (&x)[4], u8
 }
 
 // The newest key and value of a sequence and head, to their slot.
-__device__ __forceinline__ void store_newest(const Operands& o, const Place& at, int lane) {
+__device__ __forceinline__ void store_newest(const Operands& o, const Place& at, int head, int lane) {
   long long slot = o.slots[at.sequence];
   if (slot < 0) return;
-  u64 row = ((u64)(slot / PAGE) * o.kv + at.head) * PAGE + slot % PAGE;
-  const u16* from = o.q + ((u64)at.sequence * (GROUP + 2) * o.kv + GROUP * o.kv + at.head) * D + 2 * lane;
+  u64 row = ((u64)(slot / PAGE) * o.kv + head) * PAGE + slot % PAGE;
+  const u16* from = o.q + ((u64)at.sequence * (GROUP + 2) * o.kv + GROUP * o.kv + head) * D + 2 * lane;
   float x[2][4];
 #pragma unroll
   for (int i = 0; i < 2; i++)
@@ -271,30 +311,35 @@ __device__ __forceinline__ void store_newest(const Operands& o, const Place& at,
   u64 angle = (u64)o.positions[at.sequence] * (D / 2) + 2 * lane;
 #pragma unroll
   for (int i = 0; i < 2; i++) turn(x[0][i], x[0][2 + i], o.cos[angle + i], o.sin[angle + i]);
-  store(o, x[0], o.keys, o.key_scale, row, at.head, lane);
-  store(o, x[1], o.values, o.value_scale, row, at.head, lane);
+  store(o, x[0], o.keys, o.key_scale, row, head, lane);
+  store(o, x[1], o.values, o.value_scale, row, head, lane);
   __syncwarp();
 }
 #endif
 
-__device__ __forceinline__ void fetch(const Operands& o, const Place& at, u32 ring, int warp, int lane) {
+__device__ __forceinline__ void fetch(const Operands& o, const Ahead& ahead, int head, u32 ring, int warp, int lane) {
+  const Place& at = ahead.at;
   int first = at.tile(warp), g = lane / 4, q = lane % 4;
   if (first >= at.last) return;
 #if TURN
-  if (first + TILE >= at.length) store_newest(o, at, lane);
+  if (first + TILE >= at.length) store_newest(o, at, head, lane);
 #endif
-  int page = __shfl_sync(0xFFFFFFFFu, at.page, first / PAGE - at.first / PAGE);
-  u64 row = ((u64)page * o.kv + at.head) * PAGE + first % PAGE;
+  int page = __shfl_sync(0xFFFFFFFFu, ahead.page, first / PAGE - at.first / PAGE);
+  u64 row = ((u64)page * o.kv + head) * PAGE + first % PAGE;
+  const u8 *k = o.keys + (row + g) * D + 16 * q, *v = o.values + (row + 2 * q) * D + 16 * g;
+  u32 to = ring + lane * 16;
+  if (first + TILE <= at.last) {
+    copy16<0, 0>(to, k), copy16<512, 64>(to, k);
+    copy16<1024, 8 * D>(to, k), copy16<1536, 8 * D + 64>(to, k);
+    copy16<2048, 0>(to, v), copy16<2560, D>(to, v);
+    copy16<3072, 8 * D>(to, v), copy16<3584, 9 * D>(to, v);
+  } else
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    int key = 8 * (i / 2) + g;
-    copy16(ring + i * 512 + lane * 16, o.keys + (row + key) * D + 64 * (i % 2) + 16 * q, first + key < at.last);
-  }
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    int key = 8 * (i / 2) + 2 * q + i % 2;
-    copy16(ring + (4 + i) * 512 + lane * 16, o.values + (row + key) * D + 16 * g, first + key < at.last);
-  }
+    for (int i = 0; i < 4; i++) {
+      int of_k = 8 * (i / 2), of_v = of_k + i % 2;
+      copy16_if(to + i * 512, k + of_k * D + 64 * (i % 2), first + of_k + g < at.last);
+      copy16_if(to + (4 + i) * 512, v + of_v * D, first + of_v + 2 * q < at.last);
+    }
 #if DYNAMIC
   copy4(ring + 8 * 512 + lane * 4, (lane < 16 ? o.key_scale : o.value_scale) + row + lane % 16);
 #endif
@@ -309,11 +354,11 @@ struct Queries {  // lane (g, q): of head g what K's bytes of this lane meet; th
   float factor[2];
 };
 
-__device__ __forceinline__ Queries queries(const Operands& o, const Place& at, int lane) {
+__device__ __forceinline__ Queries queries(const Operands& o, int sequence, int head, int lane) {
   Queries r;
   int g = lane / 4, q = lane % 4;
-  u64 head = (u64)at.sequence * (GROUP + 2 * TURN) * o.kv + at.head * GROUP + (g < GROUP ? g : 0);
-  const u16* from = o.q + head * D + 16 * q;
+  u64 row = (u64)sequence * (GROUP + 2 * TURN) * o.kv + head * GROUP + (g < GROUP ? g : 0);
+  const u16* from = o.q + row * D + 16 * q;
   float x[8][4], most = 0.0f;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
@@ -322,7 +367,7 @@ __device__ __forceinline__ Queries queries(const Operands& o, const Place& at, i
     x[i][2] = from_bf16(pair.y & 0xFFFF), x[i][3] = from_bf16(pair.y >> 16);
   }
 #if TURN
-  u64 angle = (u64)o.positions[at.sequence] * (D / 2) + 16 * q;
+  u64 angle = (u64)o.positions[sequence] * (D / 2) + 16 * q;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     float4 c = *(const float4*)(o.cos + angle + 4 * i), s = *(const float4*)(o.sin + angle + 4 * i);
@@ -341,9 +386,10 @@ __device__ __forceinline__ Queries queries(const Operands& o, const Place& at, i
 #pragma unroll
   for (int i = 0; i < 8; i++)
 #pragma unroll
-    for (int j = 0; j < 2; j++) r.word[i][j] = g < GROUP ? to_f16s(x[i][2 * j] * up, x[i][2 * j + 1] * up) : 0;
-  float factor = o.scale * down;
-  if (!DYNAMIC) factor *= o.key_scale[at.head];
+    for (int j = 0; j < 2; j++)
+      r.word[i][j] = g < GROUP ? to_f16s(x[i][BITS ? j : 2 * j] * up, x[i][BITS ? 2 + j : 2 * j + 1] * up) : 0;
+  float factor = o.scale * down * (BITS && E4M3 ? 256.0f : 1.0f);
+  if (!DYNAMIC) factor *= o.key_scale[head];
 #pragma unroll
   for (int e = 0; e < 2; e++) r.factor[e] = __shfl_sync(0xFFFFFFFFu, factor, 4 * (2 * q + e));
   return r;
@@ -382,9 +428,11 @@ __device__ __forceinline__ void meet(State& s, const Queries& r, u32 ring, int f
   for (int c = 0; c < 2; c++) {
     Fragment low = read16(ring + c * 512 + lane * 16), high = read16(ring + (2 + c) * 512 + lane * 16);
 #pragma unroll
-    for (int j = 0; j < 4; j++)
-      multiply(score[c], widen(low.word[j] & 0xFFFF), widen(high.word[j] & 0xFFFF), widen(low.word[j] >> 16),
-               widen(high.word[j] >> 16), r.word[4 * c + j][0], r.word[4 * c + j][1]);
+    for (int j = 0; j < 4; j++) {
+      u32 a[4];
+      widen_keys(low.word[j], a[0], a[2]), widen_keys(high.word[j], a[1], a[3]);
+      multiply(score[c], a[0], a[1], a[2], a[3], r.word[4 * c + j][0], r.word[4 * c + j][1]);
+    }
   }
 #pragma unroll
   for (int i = 0; i < 4; i++) t[i] = (score[0][i] + score[1][i]) * r.factor[i % 2];
@@ -447,8 +495,8 @@ __device__ __forceinline__ void leave(const State& s, Meeting& m, int warp, int 
 }
 
 // Join the warps: products, and (reference, total), of a partition.
-__device__ __forceinline__ void unite(const Operands& o, const Place& at, const Meeting& m) {
-  u64 first = ((u64)(at.sequence * o.kv + at.head) * o.parts + at.part) * GROUP;
+__device__ __forceinline__ void unite(const Operands& o, const Place& at, int head, const Meeting& m) {
+  u64 first = ((u64)(at.sequence * o.kv + head) * o.parts + at.part) * GROUP;
   for (int i = threadIdx.x; i < GROUP * D; i += THREADS) {
     int h = i / D, d = i % D;
     float top = m.reference[0][h], total = 0.0f, out = 0.0f;
@@ -459,79 +507,99 @@ __device__ __forceinline__ void unite(const Operands& o, const Place& at, const 
       float share = power(m.reference[v][h] - top);
       total += m.total[v][h] * share, out += m.out[v][h][d] * share;
     }
-    if (!DYNAMIC) out *= o.value_scale[at.head];
+    if (!DYNAMIC) out *= o.value_scale[head];
     o.products[first * D + i] = out;
     if (d < 2) o.stats[(first + h) * 2 + d] = d ? total : top;
   }
 }
 
-// ends[s] = partitions of the sequences up to s, by the first warp.
-__device__ __forceinline__ void count(const Operands& o, int* ends, int lane) {
+// ends[s] = partitions of the sequences up to s, and the lengths, by the first warp.
+__device__ __forceinline__ void count(const Operands& o, int* ends, int* lengths, int lane) {
   int before = 0;
   for (int start = 0; start < o.sequences; start += 32) {
-    int s = start + lane, n = s < o.sequences ? parts_of(o.lengths[s]) : 0;
+    int s = start + lane, length = s < o.sequences ? o.lengths[s] : 0, n = parts_of(length);
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       int other = __shfl_up_sync(0xFFFFFFFFu, n, step);
       if (lane >= step) n += other;
     }
-    if (s < o.sequences) ends[s] = before + n;
+    if (s < o.sequences) ends[s] = before + n, lengths[s] = length;
     before += __shfl_sync(0xFFFFFFFFu, n, 31);
   }
+}
+
+// The first item of a block that has some.
+__device__ __forceinline__ Place begin(const Operands& o, const int* ends, const int* lengths, int lane_of, int lanes) {
+  int total = ends[o.sequences - 1], from = (int)((long long)total * lane_of / lanes), low = 0, high = o.sequences - 1;
+  Place p;
+  p.left = (int)((long long)total * (lane_of + 1) / lanes) - from;
+  if (p.left == 0) return p;
+  while (low < high) {
+    int middle = (low + high) / 2;
+    if (ends[middle] > from)
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  p.sequence = low, p.part = from - (low ? ends[low - 1] : 0);
+  p.open(lengths);
+  return p;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) decode(Operands o) {
   extern __shared__ __align__(16) u8 memory[];
   Meeting& m = *(Meeting*)memory;
   u8* rings = memory + (sizeof(Meeting) + 15) / 16 * 16;
-  int* ends = (int*)(rings + STAGES * STAGE * WARPS);
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int* lengths = (int*)(rings + STAGES * STAGE * WARPS);
+  int *ends = lengths + o.sequences, warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.x % o.kv;
   u32 ring = shared_address(rings) + warp * STAGES * STAGE;
   asm volatile("griddepcontrol.launch_dependents;");
-  if (warp == 0) count(o, ends, lane);
+  if (warp == 0) count(o, ends, lengths, lane);
   __syncthreads();
-  int items = ends[o.sequences - 1] * o.kv;
-  Place ahead, here;
-  here.find(o, ends, items, blockIdx.x, lane);
-  ahead = here;
+  Place here = begin(o, ends, lengths, blockIdx.x / o.kv, gridDim.x / o.kv);
+  if (here.left == 0) {
+    // Whoever ends says that those before it have ended.
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    return;
+  }
+  Ahead ahead;
+  ahead.begin(o, here, lengths, lane);
 #pragma unroll
-  for (int s = 0; s < STAGES - 1 && ahead.item < items; s++, ahead.next(o, ends, items, lane))
-    if (old(ahead, warp)) fetch(o, ahead, ring + s * STAGE, warp, lane);
+  for (int s = 0; s < STAGES - 1 && ahead.at.left; s++, ahead.next(o, lengths, lane))
+    if (old(ahead.at, warp)) fetch(o, ahead, head, ring + s * STAGE, warp, lane);
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  ahead = here;
+  ahead.begin(o, here, lengths, lane);
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) {
-    if (ahead.item < items) {
-      if (!old(ahead, warp)) fetch(o, ahead, ring + s * STAGE, warp, lane);
-      ahead.next(o, ends, items, lane);
+    if (ahead.at.left) {
+      if (!old(ahead.at, warp)) fetch(o, ahead, head, ring + s * STAGE, warp, lane);
+      ahead.next(o, lengths, lane);
     }
     commit();
   }
   State state;
   Queries row;
-  int slot = 0, free = STAGES - 1;
-  while (here.item < items) {
-    if (here.step == 0) {
-      clear(state);
-      row = queries(o, here, lane);
-    }
+  int slot = 0, free = STAGES - 1, asked = -1;
+  while (here.left) {
+    if (here.step == 0) clear(state);
+    if (here.sequence != asked) row = queries(o, asked = here.sequence, head, lane);
     asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
     __syncwarp();
-    if (ahead.item < items) {
-      fetch(o, ahead, ring + free * STAGE, warp, lane);
-      ahead.next(o, ends, items, lane);
+    if (ahead.at.left) {
+      fetch(o, ahead, head, ring + free * STAGE, warp, lane);
+      ahead.next(o, lengths, lane);
     }
     commit();
     int first = here.tile(warp);
     if (first < here.last) meet(state, row, ring + slot * STAGE, first, here.last, lane);
     free = slot;
     slot = slot + 1 == STAGES ? 0 : slot + 1;
-    if (here.step == here.steps - 1) {
+    if (++here.step == here.steps) {
       leave(state, m, warp, lane);
       __syncthreads();
-      unite(o, here, m);
+      unite(o, here, head, m);
       __syncthreads();
+      here.next_item(lengths);
     }
-    here.next(o, ends, items, lane);
   }
 }

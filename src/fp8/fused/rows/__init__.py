@@ -18,7 +18,9 @@ from ...formats import Format
 from ...quantize.record import Quantized
 from ...tile import Tile
 
-__all__ = ["BACKENDS", "Into", "gated_codes", "gated_values", "norm_codes", "norm_values", "row_codes"]
+__all__ = [
+    "BACKENDS", "Into", "add_norm_codes", "gated_codes", "gated_values", "norm_codes", "norm_values", "row_codes",
+]  # fmt: skip
 
 LONGEST = 16384  # columns that stay in registers
 
@@ -80,6 +82,12 @@ BACKENDS = (
 def norm_codes(h: Tensor, weight: Tensor, eps: float, into: Into) -> Quantized:
     """The codes of the RMS norm, in BF16, of each row of h [T, K]."""
     return _choose("norm_codes", h, h.shape[1], into, weight)(h, weight, eps, into)
+
+
+def add_norm_codes(h: Tensor, y: Tensor, weight: Tensor, eps: float, into: Into) -> tuple[Tensor, Quantized]:
+    """h + y [T, K] in BF16, and the codes of its RMS norm: for many rows, whose product does not add h itself."""
+    request = Request(h.device, len(h), h.shape[1], into, (h.dtype, weight.dtype))
+    return choose("add_norm_codes", BACKENDS[1:], request).run(h, y, weight, eps, into)
 
 
 def norm_values(h: Tensor, weight: Tensor, eps: float) -> Tensor:

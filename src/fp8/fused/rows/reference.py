@@ -27,6 +27,11 @@ def norm_values(h: Tensor, weight: Tensor, eps: float) -> Tensor:
     return norm.values(h, norm.rstd_of(h, eps), weight, torch.bfloat16)
 
 
+def add_norm_codes(h: Tensor, y: Tensor, weight: Tensor, eps: float, into: Into) -> tuple[Tensor, Quantized]:
+    total = h + y
+    return total, norm_codes(total, weight, eps, into)
+
+
 def gated_codes(gate_up: Tensor, into: Into) -> Quantized:
     return row_codes(activation.values(gate_up, "silu", True), into)
 

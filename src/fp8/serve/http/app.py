@@ -86,6 +86,7 @@ class Routes:
         params = body.params(self.door.defaults)
         self._room(len(body.prompts) * params.n)
         prompts = [await self._encoded(prompt) for prompt in body.prompts]
+        self._fits(body, prompts)
         texts = [await self._echo(prompt) for prompt in body.prompts] if body.echo else [None] * len(prompts)
         return await self._answer(body, request, prompts, params, texts, silent=body.max_tokens == 0)
 
@@ -94,6 +95,7 @@ class Routes:
         self._room(params.n)
         messages = [message.plain() for message in body.messages]
         prompt = await asyncio.to_thread(self._tokenizer().chat, messages)
+        self._fits(body, [prompt])
         return await self._answer(body, request, [prompt], params, [None])
 
     async def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
@@ -140,6 +142,15 @@ class Routes:
     def _room(self, texts: int) -> None:
         if texts > self.engine.capacity:
             raise RequestError(f"{texts} texts in one request: this server holds {self.engine.capacity} at most.")
+
+    def _fits(self, body: Sampled, prompts: Sequence[list[int]]) -> None:
+        """Refuse an answer longer than there can be, where its length was asked for."""
+        longest, most = self.engine.engine.max_model_len, body.most_asked
+        for prompt in prompts:
+            if most is not None and len(prompt) < longest < len(prompt) + most:
+                message = f"a prompt of {len(prompt)} tokens and {most} of an answer are more than the {longest} that "
+                message += f"this server holds: ask for at most {longest - len(prompt)}, or cut the prompt."
+                raise Refusal(400, message, "max_tokens", "context_length_exceeded")
 
     def _tokenizer(self) -> Any:
         if self.words is None:

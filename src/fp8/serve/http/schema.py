@@ -87,6 +87,14 @@ class Sampled(Body):
     def usage_wanted(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def most_asked(self) -> int | None:
+        """The length of an answer that the body itself asks for; None: it leaves that to the server."""
+        named = [
+            getattr(self, name) for name in ("max_completion_tokens", "max_tokens") if name in self.model_fields_set
+        ]
+        return next((value for value in named if value is not None), None)
+
     def check(self) -> None:
         """Refuse what cannot be done here. Raises `RequestError`."""
         for name, why in self.refused().items():

@@ -10,7 +10,8 @@ residual. So a token's result depends on its own choice alone; which experts its
 expert multiplies, changes nothing (`layers.py`).
 
 Tokens are sorted by expert, and each expert that has any multiplies its own in one product. How many those are is read
-back from the device, once a layer: a CUDA graph cannot replay that.
+back from the device, once a layer: a CUDA graph cannot replay that. So on a Hopper GPU all experts are one grouped
+product (`grouped.py`) where it takes their kind; `RoutedMLP.why_not_grouped` says why it does not.
 
 Sources: Shazeer et al., "Outrageously large neural networks", 2017; Jiang et al., "Mixtral of experts", 2024.
 """
@@ -22,8 +23,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ...backends import why_not_triton
 from ...models.architecture import Architecture, Experts
-from .layers import Linear, gated, normed, product
+from .grouped import Grouped, Stack, why_not
+from .layers import Linear, Matrix, Stream, gated, normed, product, settled
 from .weights import Weights
 
 
@@ -52,8 +55,28 @@ class RoutedMLP(nn.Module):
         self.router = Linear(weights.high(f"{name}.gate.weight", (self.routing.count, hidden)))
         named = [[f"{name}.experts.{e}.{part}" for part in parts] for e in range(self.routing.count)]
         self.experts = nn.ModuleList(Expert(weights, (gate, up, down), hidden, ffn) for gate, up, down in named)
+        self.why_not_grouped = why_not_triton(self.router.weight.device) or self.why_not_stacked()
+        self.grouped = None if self.why_not_grouped else self.stacked()
 
-    def forward(self, h: Tensor) -> Tensor:
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can replay it."""
+        return self.grouped is not None
+
+    def why_not_stacked(self) -> str | None:
+        """Why the experts are no grouped products; None when they are."""
+        return why_not(self.matrices("gate_up")) or why_not(self.matrices("down"))
+
+    def stacked(self) -> Grouped:
+        """The experts' matrices, joined; they keep views."""
+        return Grouped(Stack.of(self.matrices("gate_up")), Stack.of(self.matrices("down")))
+
+    def matrices(self, part: str) -> list[Matrix]:
+        """That part of each expert."""
+        return [getattr(expert, part) for expert in self.experts]
+
+    def forward(self, h: Stream) -> Tensor:
+        h = settled(h)
         x = normed(h, self.norm)
         shares, chosen = self.route(x)
         answers = self.answers(x, chosen)
@@ -69,6 +92,8 @@ class RoutedMLP(nn.Module):
 
     def answers(self, x: Tensor, chosen: Tensor) -> Tensor:
         """What each chosen expert makes of its tokens: BF16 [T, chosen, hidden]."""
+        if self.grouped is not None:
+            return self.grouped(x, chosen)
         order = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=self.routing.count).tolist()
         given = x[order // self.routing.chosen].split(counts)

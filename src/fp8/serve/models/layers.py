@@ -1,6 +1,6 @@
 """What a layer of a served model does between its attention and its residual stream: few calls, each one a fusion.
 
-    norm_linear        product(norm(h))                     qkv, gate and up
+    norm_linear        product(norm(h)), and h              qkv, gate and up
     linear_add         residual + product(x)                the attention's output
     gated_linear_add   residual + product(silu(a) * b)      down
     norm_logits        product(norm(h)) in FP32             the head
@@ -24,11 +24,14 @@ by row: torch computes what is left over of a vector by another exponential, and
 On a GPU these come from cuBLAS and kernels, in one piece.
 
 **On a GPU** the norm, the gate and the quantization that follows are one launch (`fused/rows`), and products of up to
-64 rows come from `matmul/skinny`, with bias and residual: a layer of a decode step is eleven launches. Those of up to
-16 rows, of 17 to 64 and of more, which are cuBLASLt's, add in three orders: a row's last bits may differ between them.
+64 rows come from `matmul/skinny`, with bias and residual: a layer of a decode step is nine launches. Those of up to 16
+rows, of 17 to 64 and of more, which are cuBLASLt's, add in three orders: a row's last bits may differ between them. The
+residual of cuBLASLt's is added by the norm that follows, which reads both (`Sum`).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +40,7 @@ from ...backends import why_not_triton
 from ...formats import format_of
 from ...fused.activation import activation
 from ...fused.norm import norm as fused_norm
-from ...fused.rows import Into, gated_codes, gated_values, norm_codes, norm_values, row_codes
+from ...fused.rows import Into, add_norm_codes, gated_codes, gated_values, norm_codes, norm_values, row_codes
 from ...matmul import run_matmul
 from ...matmul.skinny import skinny
 from ...matmul.skinny import why_not as why_not_skinny
@@ -78,28 +81,51 @@ Matrix = Linear | FrozenLinear | Int8Linear
 # --------------------------------------------------------------------------- the calls of a layer
 
 
-def norm_linear(h: Tensor, norm: Norm, linear: Matrix) -> Tensor:
-    """The product `[T, N]` of the norm of h [T, K]."""
-    if (into := joined(h, linear)) is not None:
-        return code_product(norm_codes(h, norm.weight, norm.eps, into), linear)
-    return product(normed(h, norm), linear)
+@dataclass(frozen=True)
+class Sum:
+    """h + y [T, N], not added yet: on a GPU the norm that follows does it in passing."""
+
+    h: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.h)
 
 
-def linear_add(x: Tensor | Quantized, linear: Matrix, residual: Tensor) -> Tensor:
+Stream = Tensor | Sum  # the residual stream
+
+
+def settled(h: Stream) -> Tensor:
+    """The stream as one tensor."""
+    return h if isinstance(h, Tensor) else h.h + h.y
+
+
+def norm_linear(h: Stream, norm: Norm, linear: Matrix) -> tuple[Tensor, Tensor]:
+    """The product `[T, N]` of the norm of h [T, K], and h."""
+    if (into := joined(h, linear)) is None:
+        h = settled(h)
+        return product(normed(h, norm), linear), h
+    if isinstance(h, Sum):
+        h, codes = add_norm_codes(h.h, h.y, norm.weight, norm.eps, into)
+        return code_product(codes, linear), h
+    return code_product(norm_codes(h, norm.weight, norm.eps, into), linear), h
+
+
+def linear_add(x: Tensor | Quantized, linear: Matrix, residual: Tensor) -> Stream:
     """`residual [T, N]` and the product of x [T, K], or of its codes, added."""
     if isinstance(x, Quantized):
-        return code_product(x, linear, residual)
+        return code_sum(x, linear, residual)
     if (into := joined(x, linear)) is not None:
-        return code_product(row_codes(x, into), linear, residual)
+        return code_sum(row_codes(x, into), linear, residual)
     if isinstance(linear, Linear) and few(x, linear.weight):
         return skinny(x, linear.weight, x.dtype, linear.bias, residual)
     return residual + product(x, linear)
 
 
-def gated_linear_add(gate_up: Tensor, linear: Matrix, residual: Tensor) -> Tensor:
+def gated_linear_add(gate_up: Tensor, linear: Matrix, residual: Tensor) -> Stream:
     """`residual [T, N]` and the product of silu(gate) * up, added; `gate_up` holds both side by side, [T, 2 K]."""
     if (into := joined(gate_up, linear)) is not None:
-        return code_product(gated_codes(gate_up, into), linear, residual)
+        return code_sum(gated_codes(gate_up, into), linear, residual)
     return linear_add(gated(gate_up), linear, residual)
 
 
@@ -111,22 +137,29 @@ def norm_logits(h: Tensor, norm: Norm, head: Matrix) -> Tensor:
 # --------------------------------------------------------------------------- joined steps, on a GPU
 
 
-def joined(x: Tensor, linear: Matrix) -> Into | None:
+def joined(x: Stream, linear: Matrix) -> Into | None:
     """How the input of an FP8 layer is quantized by the kernel that makes it; None: step by step."""
-    if x.device.type == "cpu" or not isinstance(linear, FrozenLinear) or linear.weight_only:
+    if (isinstance(x, Tensor) and x.device.type == "cpu") or not isinstance(linear, FrozenLinear) or linear.weight_only:
         return None
     operand, recipe = linear.recipe.x, linear.recipe
     return Into(format_of(operand.format), operand.tile, recipe.power_of_two, linear.input_scale)
 
 
-def code_product(x: Quantized, linear: Matrix, residual: Tensor | None = None) -> Tensor:
-    """The product of codes by an FP8 layer, BF16, with the residual added."""
+def code_product(x: Quantized, linear: Matrix) -> Tensor:
+    """The product of codes by an FP8 layer, BF16."""
     assert isinstance(linear, FrozenLinear)
     weight = linear.quantized_weight()
     if few(x, weight):
+        return skinny(x, weight, torch.bfloat16, linear.bias)
+    return run_matmul(x, weight, torch.bfloat16, linear.recipe.accumulate.forward, linear.bias)
+
+
+def code_sum(x: Quantized, linear: Matrix, residual: Tensor) -> Stream:
+    """The residual and the product of codes by an FP8 layer: added where the product's kernel does it."""
+    assert isinstance(linear, FrozenLinear)
+    if few(x, weight := linear.quantized_weight()):
         return skinny(x, weight, torch.bfloat16, linear.bias, residual)
-    y = run_matmul(x, weight, torch.bfloat16, linear.recipe.accumulate.forward, linear.bias)
-    return y if residual is None else residual + y
+    return Sum(residual, code_product(x, linear))
 
 
 def few(x: Quantized | Tensor, weight: Quantized | Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...attention.paged import LayerPages, attend, rope_attend, rope_write
 from ...models.architecture import Architecture
 from ..batch import Batch
-from .layers import gated_linear_add, joined, linear_add, norm_linear
+from .layers import Stream, gated_linear_add, joined, linear_add, norm_linear
 from .served import Block, Tables
 from .weights import Weights
 
@@ -42,14 +42,14 @@ class Attention(nn.Module):
             self.register_buffer(f"{part}_norm", weight)
         self.eps, self.scale = c.norm_eps, 1 / math.sqrt(c.head_dim)
 
-    def forward(self, h: Tensor, batch: Batch, pages: LayerPages, rope: Tables, last: Batch | None = None) -> Tensor:
-        qkv = norm_linear(h, self.norm, self.qkv)
+    def forward(self, h: Stream, batch: Batch, pages: LayerPages, rope: Tables, last: Batch | None = None) -> Stream:
+        qkv, h = norm_linear(h, self.norm, self.qkv)
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm, self.eps)
         given = qkv, batch.positions, batch.slots, pages, rope
         if last is None:
             into = joined(h, self.out)
             return linear_add(rope_attend(*given, batch, self.scale, norms, into), self.out, h)
-        q, h = rope_write(*given, *(norms or ()))[batch.wanted], h[batch.wanted]
+        q, h = rope_write(*given, self.q_norm, self.k_norm, self.eps)[batch.wanted], h[batch.wanted]
         return linear_add(attend(q, pages, last, self.scale), self.out, h) if len(h) else h
 
 
@@ -63,8 +63,9 @@ class MLP(nn.Module):
         self.gate_up = weights.linear([f"{name}.gate_proj", f"{name}.up_proj"], (2 * ffn, hidden))
         self.down = weights.linear([f"{name}.down_proj"], (hidden, ffn))
 
-    def forward(self, h: Tensor) -> Tensor:
-        return gated_linear_add(norm_linear(h, self.norm, self.gate_up), self.down, h)
+    def forward(self, h: Stream) -> Stream:
+        gate_up, h = norm_linear(h, self.norm, self.gate_up)
+        return gated_linear_add(gate_up, self.down, h)
 
 
 class LlamaBlock(Block):
@@ -77,9 +78,13 @@ class LlamaBlock(Block):
         self.attention = self.attention_class(weights, f"model.layers.{i}.self_attn", config)
         self.mlp = self.read_mlp(weights, i, config)
 
+    @property
+    def capturable(self) -> bool:
+        return getattr(self.mlp, "capturable", True)
+
     def read_mlp(self, weights: Weights, i: int, config: Architecture) -> nn.Module:
         return MLP(weights, f"model.layers.{i}.mlp", config)
 
-    def forward(self, h: Tensor, batch: Batch, pages: LayerPages, rope: Tables, last: Batch | None = None) -> Tensor:
+    def forward(self, h: Stream, batch: Batch, pages: LayerPages, rope: Tables, last: Batch | None = None) -> Stream:
         h = self.attention(h, batch, pages, rope, last)
         return self.mlp(h) if len(h) else h

@@ -11,7 +11,5 @@ from .weights import Weights
 
 
 class MixtralBlock(LlamaBlock):
-    capturable = False
-
     def read_mlp(self, weights: Weights, i: int, config: Architecture) -> nn.Module:
         return RoutedMLP(weights, f"model.layers.{i}", "block_sparse_moe", ("w1", "w3", "w2"), config)

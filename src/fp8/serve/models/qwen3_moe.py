@@ -11,8 +11,6 @@ from .weights import Weights
 
 
 class Qwen3MoeBlock(Qwen3Block):
-    capturable = False
-
     def read_mlp(self, weights: Weights, i: int, config: Architecture) -> nn.Module:
         assert config.experts is not None
         if i in config.experts.dense_layers:

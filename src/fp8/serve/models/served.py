@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...attention.paged import LayerPages, PagedCache
 from ...models.architecture import Architecture
 from ..batch import Batch
-from .layers import Linear, Matrix, norm_logits
+from .layers import Linear, Matrix, Stream, norm_logits, settled
 from .weights import Weights
 
 Tables = tuple[Tensor, Tensor]
@@ -24,9 +24,12 @@ Tables = tuple[Tensor, Tensor]
 class Block(nn.Module):
     """One layer: what an architecture defines."""
 
-    capturable = True  # no shape depends on a value: a CUDA graph can replay it
+    @property
+    def capturable(self) -> bool:
+        """Whether no shape depends on a value, so that a CUDA graph can replay it."""
+        return True
 
-    def forward(self, h: Tensor, batch: Batch, pages: LayerPages, rope: Tables, last: Batch | None = None) -> Tensor:
+    def forward(self, h: Stream, batch: Batch, pages: LayerPages, rope: Tables, last: Batch | None = None) -> Stream:
         """The residual stream h [T, hidden], BF16, after this layer; its new keys and values are in `pages`.
 
         last   given to the last layer: `batch.narrowed()`, whose rows alone are computed after keys and values are
@@ -65,6 +68,7 @@ class ServedModel(nn.Module):
         last = [None] * (len(self.layers) - 1) + [batch.narrowed() if few else None]
         for layer, pages, narrowed in zip(self.layers, cache.layers, last, strict=True):
             h = layer(h, batch, pages, (self.cos, self.sin), narrowed)
+        h = settled(h)
         return norm_logits(h if few else h[batch.wanted], self.norm, self.head)
 
     def new_cache(self, pages: int, page_size: int = 64, dtype: str = "fp8") -> PagedCache:
