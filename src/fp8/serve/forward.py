@@ -5,8 +5,8 @@ the first request a GPU's memory is divided:
 
     memory_fraction of all = what is taken already (the model) + steps + cache
 
-    steps    the last chunk of the longest prompt is run once over a cache of one page, and the widest decode step; their
-             peaks are taken; the logits of all graphs and the sampler's share are reckoned
+    steps    the last chunk of the longest prompt is run once over a cache of one page, and the widest decode step, and
+             their peaks are taken; the logits of all graphs and the sampler's share are reckoned
     cache    pages of all the rest
 
 Then every kind of step runs once, so that kernels are compiled before anybody waits for them, and decode is captured.
