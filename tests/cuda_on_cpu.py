@@ -26,7 +26,9 @@ COPY = "copy_later(to, from, 16, there);"
 READ = "Fragment f; memcpy(f.word, memory + from, 16); return f;"
 BODIES = {
     "shared_address": "return (u32)((u8*)p - memory);",
-    "copy_once": COPY, "copy": COPY, "copy16_if": COPY, "copy16": "copy_later(to + PAST, from + BEYOND, 16, true);", "copy4": "copy_later(to, from, 4, true);",
+    "copy_once": COPY, "copy": COPY,
+    "copy16_if": COPY, "copy16": "copy_later(to + PAST, from + BEYOND, 16, true);",
+    "copy4": "copy_later(to, from, 4, true);",
     "commit": "committed++;",
     "read": READ, "read16": READ, "read4": "float x; memcpy(&x, memory + from, 4); return x;",
     "widen": "return widened(pair & 255) | widened(pair >> 8 & 255) << 16;",

@@ -10,8 +10,11 @@ import torch
 import cuda_on_cpu
 from fp8 import nvrtc
 from fp8.attention.paged import LayerPages, PagedCache, cuda, reference
+from fp8.formats import format_of
 from fp8.fused.rope.reference import tables
+from fp8.fused.rows import Into, row_codes
 from fp8.serve.batch import Batch
+from fp8.tile import Tile
 from sass import resources
 
 CONSTANTS = {
@@ -121,14 +124,18 @@ def turned_and_stored_as_defined(kind: str, heads: int, page_size: int, lengths:
     for fused in (False, True):
         torch.manual_seed(3)
         layer = layer_of(kind, int(batch.pages.max()) + 1, page_size)
-        if not fused:
-            q = reference.rope_write(qkv, last.int(), slots, layer, rope)
-        on_it, there = on(layer, device), on(batch, device)
+        q = qkv if fused else reference.rope_write(qkv, last.int(), slots, layer, rope)
+        q, on_it, there = q.to(device), on(layer, device), on(batch, device)
         if fused:
-            given = (qkv.to(device), last.int().to(device), slots.to(device), on_it, tuple(t.to(device) for t in rope))
-            y = cuda.rope_attend(*given, there, 0.02)
+            given = last.int().to(device), slots.to(device), on_it, tuple(t.to(device) for t in rope), there
+            y = cuda.rope_attend(q, *given, 0.02)
+            if device == "cuda":  # clusters are not emulated
+                into = Into(format_of("e4m3"), Tile.of("row"))
+                codes, wanted = cuda.rope_attend(q, *given, 0.02, into), row_codes(y, into)
+                assert torch.equal(codes.codes.view(torch.uint8), wanted.codes.view(torch.uint8))
+                assert torch.equal(codes.scale, wanted.scale)
         else:
-            y = cuda.attend(q.to(device), on_it, there, 0.02)
+            y = cuda.attend(q, on_it, there, 0.02)
         held = [y, on_it.key_codes, on_it.value_codes, on_it.key_scale, on_it.value_scale, on_it.saturated]
         found.append([t.cpu().view(torch.uint8) for t in held if t is not None])
     for ours, theirs in zip(*found, strict=True):

@@ -180,8 +180,8 @@ def test_pages_behind_logits_that_are_not_finite_are_not_found_again() -> None:
         assert last.finished == "error" and last.cached_tokens == 0
     e.add(Request("whole", [1, 2, 3, 4, 5, 6, 5, 6, 5], SamplingParams(temperature=0, max_tokens=1)))
     e.add(Request("again", [1, 2, 3, 4, 5, 6, 5, 6, 5], SamplingParams(temperature=0, max_tokens=1)))
-    outputs = finish(e)
-    assert [outputs[name][0].cached_tokens for name in ("whole", "again")] == [0, 8]
+    found = finish(e)
+    assert [found[name][0].cached_tokens for name in ("whole", "again")] == [0, 8]
 
 
 def test_an_end_may_come_right_behind_min_tokens() -> None:

@@ -127,6 +127,7 @@ def rope_attend(
     if norms is None and _decoded(qkv, heads, layer, batch) is None and (into is None or into.joinable):
         run = function("fp8.attention.paged.cuda", "rope_attend")
         return run(qkv, positions, slots, layer, rope, batch, scale, into)
-    q = rope_write(qkv, positions, slots, layer, rope, *(norms or ()))
+    q_norm, k_norm, eps = norms or (None, None, 0.0)
+    q = rope_write(qkv, positions, slots, layer, rope, q_norm, k_norm, eps)
     y = attend(q, layer, batch, scale)
     return y if into is None else row_codes(y, into)
