@@ -135,6 +135,16 @@ def test_a_kernel_that_fails_costs_its_row(folder: Path, monkeypatch: pytest.Mon
     assert "misaligned" in found["rows"]["1 x 8"]["why_not"] and "itl" in found["rows"]["2 x 8"]
 
 
+def test_kernels_are_made_by_a_smaller_model_of_the_same_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, real = [], serve.random_model
+    monkeypatch.setattr(
+        serve, "random_model", lambda config, **more: layers.append(config["num_hidden_layers"]) or real(config, **more)
+    )
+    (folder / "config.json").write_text(json.dumps(TINY | {"num_hidden_layers": 5}))
+    assert list(serve.compile_kernels("FP8", str(folder), [Row(1, 8), Row(3, 90)], "cpu")) == ["1 x 8", "3 x 90"]
+    assert layers == [2]
+
+
 def test_what_does_not_fit_into_the_time_is_said_to_be_skipped(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -142,6 +142,22 @@ def test_the_command_writes_what_it_printed(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.count("server") == 2
 
 
+def test_an_interrupted_run_keeps_the_rates_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = serve_online.run_load
+
+    async def stopped(url: str, load: Load, *rest: Any) -> Any:
+        if load.rate == 77:
+            raise KeyboardInterrupt
+        return await real(url, load, *rest)
+
+    monkeypatch.setattr(serve_online, "run_load", stopped)
+    with at(Server()) as url, pytest.raises(SystemExit) as left:
+        serve_online.main(["--url", url, "--rates", "50", "77", "--requests", "2", "--out", str(tmp_path)])
+    assert left.value.code == 130
+    (rates,) = json.loads((tmp_path / "serve_online.json").read_text())["results"]["arms"].values()
+    assert [row["rate"] for row in rates] == [50]
+
+
 @pytest.mark.parametrize("arguments", [[], ["--url", "http://x", "--folder", "y"]])
 def test_it_needs_a_server_or_a_folder(arguments: list[str]) -> None:
     with pytest.raises(ConfigError, match="give --url"):

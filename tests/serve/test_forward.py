@@ -34,10 +34,11 @@ def forward(**options: Any) -> Forward:
 @pytest.mark.parametrize("count", [1, 3, 8, 1000])
 def test_steps_that_are_only_run_store_nothing_and_stay_in_their_bounds(count: int, deterministic: bool) -> None:
     f = forward(deterministic=deterministic)
-    arrays, cache = f._prompts(count, 90), f.model.new_cache(1, 16, "fp8")
-    assert len(arrays["tokens"]) <= f.most and arrays["positions"].max() < 90 and len(arrays["wanted"]) <= 8
+    arrays, cache, work = f._prompts(count, 90, f.model.new_cache(1, 16, "fp8"), start=30)
+    assert len(arrays["tokens"]) <= f.most and all(w.start == 30 for w in work)
+    assert arrays["positions"].max() < 90 and len(arrays["wanted"]) <= 8
     before = cache.layers[0].key_codes.view(torch.uint8).clone()
-    logits = f._run(arrays, cache)
+    logits = f._run(arrays, cache, work)
     assert logits.shape == (len(arrays["wanted"]), VOCABULARY)
     assert torch.equal(before, cache.layers[0].key_codes.view(torch.uint8)) and int(cache.saturated) == 0
 
@@ -48,7 +49,7 @@ def test_the_memory_of_prompts_graphs_and_sampling_is_reckoned(monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: next(peaks))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(f, "_run", lambda arrays, _: rows.append((len(arrays["tokens"]), arrays["pages"].shape)))
+    monkeypatch.setattr(f, "_run", lambda arrays, *_: rows.append((len(arrays["tokens"]), arrays["pages"].shape)))
     assert f._measured("fp8", 90) == 31_000 + 4 * VOCABULARY * (4 + 2) + SAMPLER * 8 * VOCABULARY
     assert rows == [(198, (3, 5)), (4, (4, 6))], "three prompts fill a step of 200; decode as wide as the longest needs"
 
@@ -81,7 +82,7 @@ def test_every_kind_of_step_is_run_and_decode_captured(
     f, run, captured = forward(**options), [], []
     f.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
     monkeypatch.setattr(f, "there", nullcontext)
-    monkeypatch.setattr(f, "_run", lambda arrays, _: run.append(len(arrays["wanted"])))
+    monkeypatch.setattr(f, "_run", lambda arrays, *_: run.append(len(arrays["wanted"])))
     monkeypatch.setattr(room, "DecodeGraphs", lambda *given, one_kernel: captured.append((*given[3:], one_kernel)))
     f.open(f.model.new_cache(6, 16), 90)
     assert run == ([1, 2, 4, 8] if "deterministic" not in options else [8] * 4)

@@ -141,6 +141,42 @@ def test_metrics_count_what_happened(client: Any, url: str) -> None:
         assert line.startswith(("# HELP fp8:", "# TYPE fp8:")) or float(line.rsplit(" ", 1)[1]) >= 0
 
 
+def test_metrics_tell_who_runs_what_is_held_and_what_was_clipped() -> None:
+    door = toy_door(Slow(), max_running=1)
+    held = door.engine.engine
+    with serving(door) as (url, _):
+        ask = {"prompt": [[1] * 9, [2]], "max_tokens": 150, "ignore_eos": True, "stream": True}
+        with httpx2.stream("POST", f"{url}/v1/completions", json=ask) as response:
+            lines = response.iter_lines()
+            next(lines)
+            assert metric(url, "num_requests_running") == 1 and metric(url, "num_requests_waiting") == 1
+            assert 2 / 100 < metric(url, "kv_cache_usage_perc") < 45 / 100, "of 100 pages of 4, two and more"
+        wait_until(lambda: idle(held))
+        assert metric(url, "kv_cache_usage_perc") == 0
+        held.cache.saturated += 7
+        httpx2.post(f"{url}/v1/completions", json={"prompt": [1], "max_tokens": 2}).raise_for_status()
+        assert metric(url, "kv_cache_saturated_writes_total") == 7
+
+
+def test_tokens_found_in_the_cache_are_told_in_a_stream_too(client: Any) -> None:
+    ask: dict[str, Any] = {"model": "toy", "prompt": [7, 8] * 5, "max_tokens": 2, "n": 2}
+    client.completions.create(**ask)
+    *_, last = client.completions.create(**ask, stream=True, stream_options={"include_usage": True})
+    assert client.completions.create(**ask).usage.prompt_tokens_details.cached_tokens == 8
+    assert last.usage.prompt_tokens_details.cached_tokens == 8, "once a prompt, not once a text"
+
+
+def test_what_the_authors_recommend_is_the_default_over_http() -> None:
+    door = toy_door()
+    door.defaults |= {"temperature": 0.0, "max_tokens": 3}
+    with serving(door) as (url, _), openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        whole = client.completions.create(model="toy", prompt=[1, 2, 3], max_tokens=9)
+        assert whole.choices[0].text == letters(alone([1, 2, 3], max_tokens=9, temperature=0))
+        talk = [{"role": "user", "content": "Ahab"}]
+        assert client.chat.completions.create(model="toy", messages=talk).usage.completion_tokens == 3
+        assert client.chat.completions.create(model="toy", messages=talk, max_tokens=5).usage.completion_tokens == 5
+
+
 def test_many_clients_get_each_their_own_answer(door: Any, url: str) -> None:
     draw = random.Random(0)
     asked = [([draw.randrange(39) for _ in range(draw.randrange(1, 30))], draw.randrange(1, 12)) for _ in range(48)]

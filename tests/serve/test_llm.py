@@ -119,6 +119,11 @@ def test_what_the_authors_recommend_is_the_default(folder: Any, tmp_path: Any) -
     (made / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": 256}))
     params = fp8.LLM(made, device="cpu").get_default_sampling_params()
     assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.6, 0.9, 0, 16)
+    (made / "generation_config.json").write_text(json.dumps({"temperature": 0.0, "max_new_tokens": 3}))
+    llm = fp8.LLM(made, device="cpu")
+    (whole,) = llm.generate("one", use_tqdm=False)
+    streamed = [token for output in llm.stream("one") for token in output.new_tokens]
+    assert streamed == whole.outputs[0].token_ids and len(streamed) == 3
 
 
 @pytest.mark.parametrize(
@@ -220,3 +225,11 @@ def test_a_chat_in_the_terminal(folder: Any, capsys: Any, monkeypatch: Any) -> N
         main(["chat", str(folder), "--max-tokens", "5", "--temperature", "0", "--device", "cpu"])
     shown = capsys.readouterr().out
     assert left.value.code == 0 and "/reset begins anew" in shown and "cut the prompt" in shown
+
+
+def test_a_conversation_begins_anew_at_reset(llm: fp8.LLM, monkeypatch: Any) -> None:
+    talk = Conversation(llm, SamplingParams(temperature=0, max_tokens=2), "Be short.", Console(file=io.StringIO()))
+    lines = iter(["one", "/reset", "two", None])
+    monkeypatch.setattr(talk, "ask", lambda: next(lines))
+    talk.run()
+    assert [m["content"] for m in talk.messages[:2]] == ["Be short.", "two"] and len(talk.messages) == 3

@@ -175,6 +175,11 @@ def test_logprobs_do_not_depend_on_company() -> None:
         assert torch.equal(one.rank, whole.rank[i : i + 1]) and torch.equal(one.ids[0], whole.ids[i, :2])
 
 
+def test_a_rank_counts_those_that_are_likelier() -> None:
+    told = tell(torch.tensor([[1.0, 3.0, 1.0, 2.0]] * 3), torch.tensor([1, 2, 3]), 2)
+    assert told.rank.tolist() == [1, 3, 2] and told.ids.tolist() == [[1, 3]] * 3
+
+
 def test_rows_share_a_distribution_with_torch() -> None:
     logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(1)) * 3
     got = counts(logits[0].tolist(), 20000)

@@ -20,22 +20,25 @@ layer is held twice.
     share         floor / median itl, and floor / prefill, on a GPU
     joules        of the GPU's counter (NVML), over those steps, a token
 
-The cache has room for the row and no more, and shares no beginnings. Each arm runs in a process of its own (on a GPU),
-so that a fault costs one arm, and takes an equal part of the `--seconds` that are left: a row that is not done by then
-is said to be skipped. What does not fit says so, and the others go on. BF16 is always measured, and what the articles
-claim of a deployment stands beside the row of their batch size. `--kernels ROW ...` ends with those rows' step in FP8 +
-FP8 KV, kernel by kernel. What is measured is written at once: an interrupted run keeps its rows.
+The cache has room for the row and no more, and shares no beginnings. On a GPU the kernels of all arms are compiled
+first, at once, by models of two layers; then each arm runs in a process of its own, so that a fault costs one arm, and
+takes an equal part of the `--seconds` that are left: a row that is not done by then is said to be skipped. What has no
+room says so, and the others go on. BF16 is always measured, and what the articles claim of a deployment stands beside
+the row of their batch size. `--kernels ROW ...` ends with those rows' step in FP8 + FP8 KV, kernel by kernel. What is
+measured is written at once: an interrupted run keeps its rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +54,7 @@ from . import serve_peers
 from .apart import apart
 from .machine import machine, save
 from .serve_plot import plot
-from .serve_row import Clock, LateError, Row, engine_for, requests, run_row
+from .serve_row import Clock, LateError, Row, engine_for, measure, requests, run_row
 from .train import kernels
 
 ARMS = {  # name: (quantization of the weights, format of the cache)
@@ -63,6 +66,7 @@ ARMS = {  # name: (quantization of the weights, format of the cache)
 ROWS = ((1, 1024), (16, 1024), (64, 1024), (16, 16384), (64, 8192))
 ARTICLE = {"batch": 16, "latency": -0.368, "tokens/s": 0.587, "memory": -0.50}  # FP8 over BF16, as printed
 PATIENCE = 30.0  # seconds that a process has to end in once its time is over
+COMPILING = 0.35  # of all seconds, at most, before anything is measured
 
 
 def config_of(model: str) -> dict[str, Any]:
@@ -188,6 +192,30 @@ def run_arm(
         note()
 
 
+def compile_kernels(arm: str, model: str, rows: Sequence[Row], device: str) -> Iterator[str]:
+    """Make every kernel of an arm, by a few steps of each row through two layers (the last one computes fewer rows than
+    the others); they are found on the disk later."""
+    quantization, cache = ARMS[arm]
+    served = random_model(config_of(model) | {"num_hidden_layers": 2}, device=device, quantization=quantization)
+    for row in rows:
+        measure(engine_for(served, row, cache), Row(row.batch, min(row.prompt, 64), 4))
+        release()
+        yield row.name
+
+
+def prepare(arms: Sequence[str], model: str, rows: Sequence[Row], device: str, until: float) -> None:
+    """`compile_kernels` of all arms at once. What fails here fails again where it is measured, and is told there."""
+
+    def one(arm: str) -> None:
+        with contextlib.suppress(BackendError):
+            list(apart(compile_kernels, arm, model, rows, device, until=until))
+
+    begun = time.monotonic()
+    with ThreadPoolExecutor(len(arms)) as pool:
+        list(pool.map(one, arms))
+    print(f"kernels compiled, all arms at once: {time.monotonic() - begun:.0f} s", flush=True)
+
+
 def step_kernels(model: str, rows: Sequence[Row], device: str) -> Iterator[dict[str, Any]]:
     """The kernels of one decode step of each row, FP8 + FP8 KV: name, microseconds in all, how often."""
     quantization, cache = ARMS["FP8 + FP8 KV"]
@@ -283,6 +311,8 @@ def main(arguments: list[str] | None = None) -> None:
     budget = Budget(options.seconds, len(names) + bool(kernel_rows))
     print(json.dumps(machine()), HEAD, sep="\n", flush=True)
     try:
+        if options.device != "cpu":
+            prepare(names, options.model, rows, options.device, time.monotonic() + COMPILING * options.seconds)
         for arm in names:
             run_arm(arm, options.model, rows, options.device, budget.next(), note, arms.setdefault(arm, {}))
         arms |= serve_peers.run(options.peers, config, rows, options.device)

@@ -210,16 +210,27 @@ def line(arm: str, rate: float, got: dict[str, Any]) -> str:
     return f"{start}{got['tokens_per_second']:10,.0f}{times}"
 
 
-def run_rates(arm: str, url: str, options: argparse.Namespace, model: str) -> list[dict[str, Any]]:
+def run_rates(arm: str, url: str, options: argparse.Namespace, model: str) -> Iterator[dict[str, Any]]:
     """One server at every rate, after a few requests to warm up."""
     more = {"prompt": options.prompt, "tokens": options.tokens, "vocabulary": options.vocabulary, "seed": options.seed}
     asyncio.run(run_load(url, Load(4, 100.0, **more | {"seed": options.seed + 1}), model, options.api_key))
-    found = []
     for rate in options.rates:
         got = asyncio.run(run_load(url, Load(options.requests, rate, **more), model, options.api_key))
         print(line(arm, rate, got), flush=True)
-        found.append({"rate": rate} | got)
-    return found
+        yield {"rate": rate} | got
+
+
+def run_servers(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The figures of the server at `--url`, or of each arm behind one of our own, as they come."""
+    if options.url is not None:
+        url = options.url.rstrip("/").removesuffix("/v1")
+        for got in run_rates("server", url, options, name_at(url, options.api_key)):
+            yield url, got
+        return
+    for arm in options.arms:
+        with served(options.folder, arm) as url:
+            for got in run_rates(arm, url, options, "bench"):
+                yield arm, got
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -242,16 +253,17 @@ def main(arguments: list[str] | None = None) -> None:
     if (options.url is None) == (options.folder is None):
         raise ConfigError("give --url of a server that runs, or --folder of a checkpoint to serve.")
     print(json.dumps(machine()), HEAD, sep="\n", flush=True)
-    found: dict[str, Any] = {}
-    if options.url is not None:
-        url = options.url.rstrip("/").removesuffix("/v1")
-        found[url] = run_rates("server", url, options, name_at(url, options.api_key))
-    else:
-        for arm in options.arms:
-            with served(options.folder, arm) as url:
-                found[arm] = run_rates(arm, url, options, "bench")
+    found: dict[str, list[dict[str, Any]]] = {}
     told = {name: getattr(options, name) for name in ("requests", "prompt", "tokens", "seed")}
-    print(f"written: {save(options.out, 'serve_online', {'load': told, 'arms': found})}")
+    note = lambda: save(options.out, "serve_online", {"load": told, "arms": found})  # noqa: E731
+    try:
+        for arm, got in run_servers(options):
+            found.setdefault(arm, []).append(got)
+            note()
+    except KeyboardInterrupt:
+        print(f"stopped; what was measured is in {note()}")
+        raise SystemExit(130) from None
+    print(f"written: {note()}")
 
 
 if __name__ == "__main__":

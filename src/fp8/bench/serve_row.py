@@ -9,8 +9,9 @@ read; answers are longer by as many steps. Once every sequence has its first tok
               The seats' newest tokens are put back as they were, so a replay writes the same codes to the same places
 
 Then come `tokens` steps by the clock, which sees the slower of host and device. The engine compiled what it needs when
-it was made, and a pass over short prompts comes before. A pass in which a Triton kernel was made or loaded all the
-same is told (`compiled`), and repeated if there is time for three.
+it was made, and a pass over short prompts comes before, and one over a single prompt of the row's length, because
+libraries plan for each new shape. A pass in which a Triton kernel was made or loaded all the same is told (`compiled`),
+and repeated if there is time for three.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def run_row(model: ServedModel, row: Row, cache: str, until: float = math.inf) -
     """Measure a row: seconds, bytes, joules. Raises `LateError` when `time.monotonic()` passes `until`."""
     engine = engine_for(model, row, cache)
     measure(engine, Row(row.batch, min(row.prompt, 64), 4), until)
+    measure(engine, Row(1, row.prompt, 4), until)
     found = measured(engine, row, until)
     found["cache_bytes"] = engine.cache.nbytes
     if model.embedding.is_cuda:
