@@ -1,0 +1,139 @@
+"""The caches that are held against each other, and how a served model comes to use one.
+
+    bf16                  what the others are measured against
+    e4m3                  a power-of-two scale a token and head: what the engine does without a checkpoint's scales
+    e4m3, key offsets     the same, with the mean of each head's keys taken off (`attention/paged/pages.py`)
+    e4m3, static          a scale a head, the largest magnitude of a calibration text over 448, rounded up to a power of 2
+    e4m3, static, offsets both
+    e4m3, scale 1         what servers do with a checkpoint that has no scales
+    e5m2, e5m2 offsets    two bits of mantissa, a scale a token and head
+    three codes           a control that must fail: static scales 2^17 too large, which leave a few codes near zero
+
+`Cached` is a served model whose caches are of one kind; the engine takes it as it takes any model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...attention.paged import LayerPages, PagedCache
+from ...formats import format_of
+from ...quantize import run_quantize
+from ...serve.batch import Batch, equal_rows
+from ...serve.models import ServedModel
+from ...serve.models.offsets import mean_keys
+from ...tile import Tile
+
+PAGE = 64
+TOO_LARGE = 2.0**17
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a cache stores: `scales` are "dynamic", "static", "one", or "ruined"; `offsets`: keys less their mean."""
+
+    dtype: str
+    scales: str = "dynamic"
+    offsets: bool = False
+
+
+KINDS: Mapping[str, Kind] = {
+    "bf16": Kind("bf16"),
+    "e4m3": Kind("e4m3"),
+    "e4m3, key offsets": Kind("e4m3", offsets=True),
+    "e4m3, static": Kind("e4m3", "static"),
+    "e4m3, static, offsets": Kind("e4m3", "static", True),
+    "e4m3, scale 1": Kind("e4m3", "one"),
+    "e5m2": Kind("e5m2"),
+    "e5m2, key offsets": Kind("e5m2", offsets=True),
+    "three codes": Kind("e4m3", "ruined"),
+}
+HIGH = "bf16"
+CONTROL = "three codes"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What text said of a model's cache, FP32: key offsets [layers, KV, D], and scales [layers, 2, KV] for keys as they
+    are and for keys less their offsets."""
+
+    offsets: Tensor
+    plain: Tensor
+    less_mean: Tensor
+
+    @staticmethod
+    def of(model: ServedModel, texts: Tensor) -> Calibration:
+        """From tokens [B, T], which should not be those that are judged."""
+        offsets = mean_keys(model, texts)
+        return Calibration(offsets, head_scales(model, texts, None), head_scales(model, texts, offsets))
+
+    def scales(self, kind: Kind) -> Tensor | None:
+        """The static scales of a kind of cache, None for dynamic ones."""
+        found = self.less_mean if kind.offsets else self.plain
+        made = {"dynamic": None, "static": found, "one": torch.ones_like(found), "ruined": found * TOO_LARGE}
+        return made[kind.scales]
+
+
+@torch.no_grad()
+def head_scales(model: ServedModel, texts: Tensor, offsets: Tensor | None) -> Tensor:
+    """The scales of `max`, FP32 [layers, 2, KV]: powers of two that hold the largest magnitude of each head."""
+    cache = whole(model, texts)
+    amax = []
+    for i, pages in enumerate(cache.layers):
+        keys = pages.key_codes.float()
+        keys = keys if offsets is None else keys - offsets[i][:, None]
+        amax += [x.abs().amax((0, 2, 3)) for x in (keys, pages.value_codes.float())]
+    most = torch.stack(amax).view(-1, 1)
+    scale = run_quantize(most, None, format_of("e4m3"), Tile(1, 0), True)[1]
+    return scale.view(len(cache.layers), 2, -1)
+
+
+def whole(model: ServedModel, texts: Tensor) -> PagedCache:
+    """A BF16 cache that holds the keys and values of tokens [B, T]."""
+    count, length = texts.shape
+    cache = model.new_cache(count * -(-length // PAGE), PAGE, "bf16")
+    for i, row in enumerate(texts.to(model.embedding.device)):
+        batch = equal_rows(row[None], 0, length, PAGE)
+        at = i * batch.pages.shape[1]
+        moved = {"pages": batch.pages + at, "slots": batch.slots + at * PAGE, "wanted": batch.wanted[-1:]}
+        model(Batch(**(vars(batch) | moved)), cache)
+    return cache
+
+
+class Cached:
+    """A served model with caches of one kind; what the engine and the studies ask for is passed on."""
+
+    def __init__(self, model: ServedModel, kind: Kind, calibration: Calibration | None = None) -> None:
+        self.model, self.kind, self.calibration = model, kind, calibration
+        self.config, self.embedding, self.capturable = model.config, model.embedding, model.capturable
+
+    def __call__(self, batch: Batch, cache: PagedCache) -> Tensor:
+        return self.model(batch, cache)
+
+    def new_cache(self, pages: int, page_size: int = PAGE, dtype: Any = None) -> PagedCache:
+        """A cache of this kind, whatever `dtype` says."""
+        return self._made(slice(None), pages, page_size)
+
+    def new_layer(self, layer: int, pages: int) -> LayerPages:
+        """The pages of one layer alone."""
+        return self._made(slice(layer, layer + 1), pages, PAGE).layers[0]
+
+    def _made(self, layers: slice, pages: int, page_size: int) -> PagedCache:
+        c, held = self.config, self.calibration
+        scales = None if held is None else held.scales(self.kind)
+        offsets = held.offsets if held is not None and self.kind.offsets else None
+        return PagedCache(
+            len(range(c.num_layers)[layers]), pages, page_size, c.num_kv_heads, c.head_dim, dtype=self.kind.dtype,
+            kv_scales=None if scales is None else scales[layers],
+            key_offsets=None if offsets is None else offsets[layers], device=self.embedding.device,
+        )  # fmt: skip
+
+
+def arms(model: ServedModel, calibration: Calibration, names: Any = None) -> dict[str, Cached]:
+    """The model with each kind of cache, by name."""
+    return {name: Cached(model, KINDS[name], calibration) for name in names or KINDS}
