@@ -1,4 +1,4 @@
-"""The studies of what FP8 costs a served model: each measures what it says, and every command runs where it is small."""
+"""The studies of what FP8 costs a served model: each measures what it says, and every command runs, small."""
 
 from __future__ import annotations
 

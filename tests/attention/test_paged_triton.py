@@ -26,9 +26,7 @@ def made(kind: str, pages: int, page_size: int, kv: int, width: int, device: tor
     scales = 2.0 ** torch.arange(-6, -6 + 2 * kv).view(1, 2, kv) * 1.3 if kind == "static" else None
     offsets = torch.linspace(-3, 5, kv * width).view(1, kv, width) if kind == "offset" else None
     dtype = "fp8" if kind in ("static", "offset") else kind
-    return PagedCache(
-        1, pages, page_size, kv, width, dtype=dtype, kv_scales=scales, key_offsets=offsets, device=device
-    )
+    return PagedCache(1, pages, page_size, kv, width, dtype=dtype, kv_scales=scales, key_offsets=offsets, device=device)
 
 
 def the_same_bytes(kind: str, shape: tuple[int, ...], norms: bool, device: torch.device) -> None:

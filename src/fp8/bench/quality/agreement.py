@@ -70,8 +70,13 @@ def compared(base: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> d
 
 
 def agreement(
-    load: Callable[[str | None], Any], prompts: Sequence[Sequence[int]], tokens: int, calibration_texts: Any,
-    *, together: int = 64, say: Callable[[str], Any] = lambda line: None,
+    load: Callable[[str | None], Any],
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    calibration_texts: Any,
+    *,
+    together: int = 64,
+    say: Callable[[str], Any] = lambda line: None,
 ) -> dict[str, Any]:
     """Answer the prompts in every arm.
 

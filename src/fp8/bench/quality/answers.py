@@ -9,16 +9,19 @@ from ...serve import Engine, EngineOptions, Request, SamplingParams
 from .caches import PAGE
 
 
-def answers(model: Any, prompts: Sequence[Sequence[int]], tokens: int, *, together: int = 64) -> list[list[int]]:
+def answers(
+    model: Any, prompts: Sequence[Sequence[int]], tokens: int, *, together: int = 64, graphs: bool = True
+) -> list[list[int]]:
     """The likeliest `tokens` tokens after each prompt, in the order of the prompts; no token ends an answer.
 
     model      a served model with caches of one kind (`Cached`)
     together   sequences that run at once
+    graphs     decode steps are CUDA graphs, on a GPU: worth capturing for many tokens
     """
     longest = max(len(prompt) for prompt in prompts) + tokens
     options = EngineOptions(
         page_size=PAGE, pages=together * -(-longest // PAGE), max_running=together, prefix_caching=False,
-        max_model_len=longest,
+        max_model_len=longest, graphs=graphs,
     )  # fmt: skip
     engine = Engine(model, options=options)
     greedy = SamplingParams(temperature=0, max_tokens=tokens)

@@ -3,7 +3,7 @@
     bf16                  what the others are measured against
     e4m3                  a power-of-two scale a token and head: what the engine does without a checkpoint's scales
     e4m3, key offsets     the same, with the mean of each head's keys taken off (`attention/paged/pages.py`)
-    e4m3, static          a scale a head, the largest magnitude of a calibration text over 448, rounded up to a power of 2
+    e4m3, static          a power of two a head, which holds the largest magnitude of a calibration text
     e4m3, static, offsets both
     e4m3, scale 1         what servers do with a checkpoint that has no scales
     e5m2, e5m2 offsets    two bits of mantissa, a scale a token and head

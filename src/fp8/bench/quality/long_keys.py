@@ -99,7 +99,7 @@ def in_row(codes: Tensor, windows: Tensor, keys: int) -> Tensor:
 
 def stored(arm: Cached, layer: int, held: Recorded) -> LayerPages:
     """One layer's pages with all keys and values in them, written as the engine writes."""
-    count, heads, width = held.keys.shape
+    count, _, width = held.keys.shape
     pages = arm.new_layer(layer, -(-count // PAGE))
     still = torch.ones(1, width // 2, device=held.keys.device), torch.zeros(1, width // 2, device=held.keys.device)
     for start in range(0, count, KEYS_AT_ONCE):
@@ -192,7 +192,7 @@ def budget(q: Tensor, held: Recorded, codes: tuple[Tensor, Tensor], true: Exact,
 
 
 def layer_errors(arm: Cached, layer: int, held: Recorded) -> dict[str, Tensor]:
-    """Errors of one layer and kind of cache, FP64 [S, H] each; the last query sees all keys, the one before one less."""
+    """Errors of one layer and kind of cache, FP64 [S, H] each; query s sees all keys but S - 1 - s."""
     scale = 1 / math.sqrt(held.q.shape[2])
     queries, keys = len(held.q), len(held.keys)
     lengths = torch.arange(keys - queries + 1, keys + 1, device=held.q.device).int()
@@ -213,8 +213,14 @@ def layer_errors(arm: Cached, layer: int, held: Recorded) -> dict[str, Tensor]:
 
 
 def long_keys(
-    model: ServedModel, windows: Tensor, calibration_texts: Tensor, counts: Sequence[int], *, queries: int = 16,
-    kinds: Sequence[str] = LONG_KINDS, say: Callable[[str], Any] = lambda line: None,
+    model: ServedModel,
+    windows: Tensor,
+    calibration_texts: Tensor,
+    counts: Sequence[int],
+    *,
+    queries: int = 16,
+    kinds: Sequence[str] = LONG_KINDS,
+    say: Callable[[str], Any] = lambda line: None,
 ) -> dict[str, Any]:
     """All layers, over the last `counts` keys each. windows: tokens [W, T], as `record` wants them."""  # fmt: skip
     calibration = Calibration.of(model, calibration_texts)

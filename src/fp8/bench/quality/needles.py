@@ -55,8 +55,7 @@ class Rows:
 
 
 def needles_in(length: int) -> int:
-    """How many needles a row of so many tokens hides: up to 256 tokens, they and the questions about all of them are the
-    row; there is no text."""
+    """How many needles a row of so many tokens hides. Up to 256, they and the questions about all are the whole row."""
     return max(2, min(32, length // 8))
 
 

@@ -66,8 +66,14 @@ def told(base: Forced, arm: Forced, edges: Sequence[int]) -> dict[str, Any]:
 
 
 def perplexity(
-    model: Any, rows: Tensor, calibration_texts: Tensor, *, kinds: Sequence[str] | None = None, chunk: int = 512,
-    at_once: int = 1 << 13, say: Callable[[str], Any] = lambda line: None,
+    model: Any,
+    rows: Tensor,
+    calibration_texts: Tensor,
+    *,
+    kinds: Sequence[str] | None = None,
+    chunk: int = 512,
+    at_once: int = 1 << 13,
+    say: Callable[[str], Any] = lambda line: None,
 ) -> dict[str, Any]:
     """Force windows, tokens [windows, T + 1], through a served model with each kind of cache."""  # fmt: skip
     calibration = Calibration.of(model, calibration_texts)

@@ -21,16 +21,17 @@ from torch import Tensor
 
 from ...evaluate.intervals import paired_difference, proportion
 from .answers import answers
-from .caches import HIGH, Cached, Calibration, arms
+from .caches import CONTROL, HIGH, Cached, Calibration, arms
 from .needles import ANSWER, Rows, hide
 
 FIFTHS = 5
+ASKED = ("bf16", "e4m3", "e4m3, key offsets", "e4m3, static", "e5m2", CONTROL)
 CALIBRATION_ROWS = 16
 
 
 def found(arm: Cached, rows: Rows, together: int) -> list[int]:
     """Whether each prompt's needle was found: 1 or 0."""
-    given = answers(arm, rows.prompts.tolist(), ANSWER, together=together)
+    given = answers(arm, rows.prompts.tolist(), ANSWER, together=together, graphs=False)
     return [int(got == wanted) for got, wanted in zip(given, rows.answers[:, 0].tolist(), strict=True)]
 
 
@@ -42,8 +43,15 @@ def by_depth(right: Sequence[int], depths: Tensor) -> list[float | None]:
 
 
 def retrieval(
-    model: Any, text: Tensor, lengths: Sequence[int], count: int, *, kinds: Sequence[str] | None = None,
-    together: int = 64, seed: int = 1, say: Callable[[str], Any] = lambda line: None,
+    model: Any,
+    text: Tensor,
+    lengths: Sequence[int],
+    count: int,
+    *,
+    kinds: Sequence[str] = ASKED,
+    together: int = 64,
+    seed: int = 1,
+    say: Callable[[str], Any] = lambda line: None,
 ) -> dict[str, Any]:
     """Ask `count` prompts of each length. text: uint8 [N] that the model was not taught on."""  # fmt: skip
     generator = torch.Generator(text.device).manual_seed(seed)

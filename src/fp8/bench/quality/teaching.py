@@ -2,11 +2,11 @@
 
 Every row asks for all of its needles, in an order of its own, one after the other at its end; an evaluation asks for
 one. What counts is the cross entropy of the answers, and a tenth of that of the text. Looking up a key is learnt all at
-once, after a while in which nothing seems to happen, and sooner the more of a row asks for it. So the first rows are
-short, and needles and questions alone. When `known` of the
-answers have come right, on average over the last steps, rows become twice as long, up to the longest, and the
-learning rate falls to zero over the last `cooldown` updates. Each step has equally many tokens, and every other one,
-drawn anew each time, repeats a shorter length, so that what was learnt is kept.
+once, after a while in which nothing seems to happen, and sooner the more of a row asks for it: first rows are short,
+and needles and questions alone. When `known` of the answers have come right, on average over the last steps, rows
+become twice as long, up to the longest, and the learning rate falls to zero over the last `cooldown` updates. Each step
+has equally many tokens, and every other one, drawn anew each time, repeats a shorter length, so that what was learnt is
+kept.
 """
 
 from __future__ import annotations
@@ -73,43 +73,81 @@ class Taught:
     seconds: float = 0.0
 
 
+class Course:
+    """Where the lessons stand: the length of rows, the share of answers that come right, and the end."""
+
+    def __init__(self, lessons: Lessons) -> None:
+        self.lessons, self.began = lessons, time.perf_counter()
+        self.dice = torch.Generator().manual_seed(lessons.seed)
+        self.level, self.share, self.left = 0, torch.zeros(()), lessons.updates
+
+    @property
+    def length(self) -> int:
+        """Of the newest rows."""
+        return self.lessons.lengths[self.level]
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    @property
+    def ending(self) -> bool:
+        return self.left <= self.lessons.cooldown
+
+    def rate(self, update: int) -> float:
+        """The learning rate of an update; the cooldown begins when time is up, if it has not begun."""
+        if self.seconds > self.lessons.seconds:
+            self.left = min(self.left, self.lessons.cooldown)
+        self.left -= 1
+        return self.lessons.lr * min(1.0, (update + 1) / self.lessons.warmup, (self.left + 1) / self.lessons.cooldown)
+
+    def drawn_length(self) -> int:
+        """The newest length, or as often a shorter one."""
+        if self.level == 0 or float(torch.rand((), generator=self.dice)) < 0.5:
+            return self.length
+        return self.lessons.lengths[int(torch.randint(self.level, (), generator=self.dice))]
+
+    def saw(self, length: int, right: Tensor) -> None:
+        if length == self.length:
+            self.share = self.share.to(right.device) * 0.95 + right * 0.05
+
+    def go_on(self) -> None:
+        """To longer rows, where the newest ones are known."""
+        if not self.ending and float(self.share) >= self.lessons.known and self.level + 1 < len(self.lessons.lengths):
+            self.level, self.share = self.level + 1, torch.zeros(())
+
+
 def teach(
     model: Decoder, text: Tensor, lessons: Lessons, say: Callable[[str], Any] | None = None, every: int = 50
 ) -> Taught:
     """Train a decoder on the device that it and the text (uint8 [N]) are on, under BF16 autocast on a GPU."""
-    device, began = text.device, time.perf_counter()
-    generator = torch.Generator(device).manual_seed(lessons.seed)
-    dice = torch.Generator().manual_seed(lessons.seed)
+    generator = torch.Generator(text.device).manual_seed(lessons.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lessons.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    taught, level, ending = Taught(model.train()), 0, None
-    share = torch.zeros((), device=device)
-    for update in range(lessons.updates):
-        left = lessons.updates - update
-        if ending is None and (left <= lessons.cooldown or time.perf_counter() - began > lessons.seconds):
-            ending = min(left, lessons.cooldown)
-        if ending is not None and (ending := ending - 1) < 0:
-            break
-        fade = 1.0 if ending is None else ending / lessons.cooldown
+    taught, course = Taught(model.train()), Course(lessons)
+    while course.left > 0:
         for group in optimizer.param_groups:
-            group["lr"] = lessons.lr * min(1.0, (update + 1) / lessons.warmup) * fade
-        newest = level == 0 or float(torch.rand((), generator=dice)) < 0.5
-        length = lessons.lengths[level if newest else int(torch.randint(level, (), generator=dice))]
-        rows = hide(text, max(1, lessons.tokens // length), length, generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, right = loss_of(model, rows)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        share = share + (right - share) * 0.05 if newest else share
-        if (update + 1) % every == 0:
-            line = (update + 1, round(time.perf_counter() - began, 1), lessons.lengths[level], float(loss.detach()), float(share))
+            group["lr"] = course.rate(taught.updates)
+        length = course.drawn_length()
+        loss, right = update(model, hide(text, max(1, lessons.tokens // length), length, generator), optimizer)
+        course.saw(length, right)
+        taught.updates += 1
+        if taught.updates % every == 0:
+            line = (taught.updates, round(course.seconds, 1), course.length, float(loss), float(course.share))
             taught.log.append(line)
             if say:
                 say("update {}, {} s, rows of {}: loss {:.3f}, {:.1%} right".format(*line))
-            if ending is None and line[-1] >= lessons.known and level + 1 < len(lessons.lengths):
-                level, share = level + 1, torch.zeros((), device=device)
-    taught.reached, taught.updates = lessons.lengths[level], update + 1
-    taught.seconds = time.perf_counter() - began
+            course.go_on()
+    taught.reached, taught.seconds = course.length, course.seconds
     model.eval()
     return taught
+
+
+def update(model: Decoder, rows: Rows, optimizer: torch.optim.Optimizer) -> tuple[Tensor, Tensor]:
+    """One step: its loss, and the share of right answers before it."""
+    with torch.autocast(rows.tokens.device.type, torch.bfloat16, enabled=rows.tokens.is_cuda):
+        loss, right = loss_of(model, rows)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach(), right

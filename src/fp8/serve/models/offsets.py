@@ -2,9 +2,9 @@
 
     offset[layer, head] = mean of the keys of that head, after their rotation, over some text
 
-The first position of a text is left out: much attention rests there, on a key like no other. The mean is taken after the
-rotation, so what a rotation by many turns averages away is not in it, and needs not to be: the channels that turn
-slowly, a fraction of a turn over a text, are those that carry a mean.
+The first position of a text is left out: much attention rests there, on a key like no other. The mean is taken after
+the rotation: channels that turn many times average out, those that turn slowly, a fraction of a turn over a text, keep
+their mean, and no mean before the rotation would stay the same for all positions.
 """
 
 from __future__ import annotations
