@@ -133,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     whole(studies["long-keys"], keys=131072, queries=8)
     one = studies["needles"]
     one.add_argument("--test", type=Path, required=True, help="the text between the needles that are asked for")
-    whole(one, longest=4096, count=400, step_tokens=1 << 16, updates=8000, cooldown=600, hidden=256, layers=4, heads=4,
+    whole(one, longest=4096, count=400, step_tokens=1 << 15, updates=8000, cooldown=600, hidden=256, layers=4, heads=4,
           seed=0)  # fmt: skip
     one.add_argument("--seconds", type=float, default=75.0, help="after which the lessons come to their end")
     one.add_argument("--lr", type=float, default=1e-3)

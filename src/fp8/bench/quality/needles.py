@@ -5,7 +5,7 @@
 A needle is a key and the two symbols that it stands for; needles overwrite stretches of real text, at places that
 `place` draws, so that none overlaps another. The text is bytes (token i < 256 is byte i); keys and symbols are tokens
 of their own. Within a row no key and no symbol comes twice: finding is then one look for the key, and one step on, and
-an answer is right or it is not. A guess is right once in 65,280 times; a guess among the row's own needles, once in as
+an answer is right or it is not. A guess is right once in 16,256 times; a guess among the row's own needles, once in as
 many as there are.
 
 Source of the task: Arora et al., "Zoology: measuring and improving recall in efficient language models", 2023
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from ...models import Decoder, DecoderConfig
 
-KEYS, SYMBOLS = 128, 256
+KEYS, SYMBOLS = 64, 128
 MARK, ASK = 257, 258
 FIRST_KEY = 259
 FIRST_SYMBOL = FIRST_KEY + KEYS
-VOCABULARY = 704  # a multiple of 64 that holds FIRST_SYMBOL + SYMBOLS
+VOCABULARY = 512  # a multiple of 64 that holds FIRST_SYMBOL + SYMBOLS
 NEEDLE, ANSWER = 4, 2  # tokens of a needle, and of an answer
 
 

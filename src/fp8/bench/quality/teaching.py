@@ -39,7 +39,7 @@ class Lessons:
     """
 
     lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096)
-    tokens: int = 1 << 16
+    tokens: int = 1 << 15
     known: float = 0.9
     updates: int = 6000
     cooldown: int = 600
