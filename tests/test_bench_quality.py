@@ -12,14 +12,14 @@ import torch
 
 from fp8.attention.paged import PagedCache
 from fp8.bench.quality import agreement, long_keys, needles, perplexity, retrieval, teaching
-from fp8.bench.quality.caches import CONTROL, KINDS, Cached, Calibration, arms, whole
+from fp8.bench.quality.caches import CONTROL, KINDS, Cached, Calibration, Kind, arms, mean_keys, whole
 from fp8.bench.quality.command import main
 from fp8.bench.quality.forced import forced
+from fp8.bench.quality.remedies import remedied
 from fp8.checkpoint.tensorfile import write_json, write_tensors
 from fp8.models import Decoder, DecoderConfig
 from fp8.models.huggingface import to_config, to_huggingface
 from fp8.serve.models import ServedModel, load_model
-from fp8.serve.models.offsets import mean_keys
 
 SHAPE = DecoderConfig(257, 64, 96, 2, 4, 2, max_positions=512)
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, I went to sea. " * 40
@@ -84,9 +84,10 @@ def test_static_scales_hold_every_key_of_the_calibration_text(
 
 
 def test_offsets_are_the_mean_of_rotated_keys_without_the_first(served: ServedModel, rows: torch.Tensor) -> None:
-    offsets, cache = mean_keys(served, rows), whole(served, rows)
-    keys = cache.layers[1].key_codes.transpose(1, 2).reshape(3, -1, 2, 16)[:, 1:97]
-    assert torch.allclose(offsets[1], keys.double().mean((0, 1)).float(), rtol=1e-6, atol=1e-7)
+    cache = whole(served, rows)
+    keys = torch.stack([cache.layers[1].key_codes[2 * i : 2 * i + 2].transpose(1, 2).flatten(0, 1) for i in range(3)])
+    offsets = mean_keys(cache, 97)
+    assert torch.allclose(offsets[1], keys[:, 1:97].double().mean((0, 1)).float(), rtol=1e-6, atol=1e-7)
 
 
 def test_what_is_taken_from_all_keys_leaves_attention_as_it_was() -> None:
@@ -98,27 +99,45 @@ def test_what_is_taken_from_all_keys_leaves_attention_as_it_was() -> None:
     assert torch.allclose(plain.out, moved.out, rtol=1e-9, atol=1e-12)
 
 
+def one_layer(offset: torch.Tensor | None = None, full: bool = False) -> Any:
+    """What `layer_errors` asks of a kind of cache, for one layer of 2 key heads of 16 channels."""
+    kind = Kind("e4m3", offsets=offset is not None, full_keys=full)
+    arm: Any = Cached.__new__(Cached)
+    arm.kind, arm.offsets, arm.otherwise = kind, None if offset is None else offset[None], offset is not None or full
+    arm.new_layer = lambda layer, pages: PagedCache(1, pages, 64, 2, 16).layers[0]
+    return arm
+
+
 def test_offsets_make_keys_with_a_mean_more_exact() -> None:
     """Keys of mean 6 and spread 1: a code errs by a share of 6, or of 1."""
     torch.manual_seed(0)
-    mean = 6 * torch.sign(torch.randn(1, 2, 16))
+    mean = 6 * torch.sign(torch.randn(2, 16))
     keys, q = torch.randn(40, 2, 16) + mean, torch.randn(2, 4, 16)
     held = long_keys.Recorded(q.bfloat16(), keys.bfloat16(), torch.randn(40, 2, 16).bfloat16())
-    found = {}
-    for name, offsets in (("plain", None), ("less", mean)):
-
-        class One:
-            def new_layer(self, layer: int, pages: int, given: Any = offsets) -> Any:
-                return PagedCache(1, pages, 64, 2, 16, key_offsets=given).layers[0]
-
-        row = long_keys.layer_errors(One(), 0, held)
-        assert float(row["bound"].max()) <= 1
-        found[name] = float(row["format"].square().mean().sqrt())
-    assert found["less"] < 0.4 * found["plain"]
+    plain, less = (long_keys.layer_errors(one_layer(offset), 0, held) for offset in (None, mean))
+    assert float(plain["bound"].max()) <= 1 and float(less["bound"].max()) <= 1
+    assert float(less["format"].square().mean()) < 0.4**2 * float(plain["format"].square().mean())
 
 
-def test_a_bf16_cache_passes_over_offsets() -> None:
-    assert PagedCache(1, 1, 16, 2, 8, dtype="bf16", key_offsets=torch.ones(1, 2, 8)).layers[0].key_offset is None
+def test_a_full_scale_leaves_the_largest_channel_without_error() -> None:
+    """Keys with one channel 50 times the others: its error decides every score."""
+    torch.manual_seed(0)
+    keys = torch.randn(300, 2, 16)
+    keys[..., 3] = 50 + torch.rand(300, 2)
+    held = long_keys.Recorded(torch.randn(2, 4, 16).bfloat16(), keys.bfloat16(), torch.randn(300, 2, 16).bfloat16())
+    pages = long_keys.stored(one_layer(full=True), 0, held)
+    codes, _ = long_keys.decoded(pages, 300, None)
+    assert torch.allclose(codes[..., 3], held.keys[..., 3].float(), rtol=1e-6)
+    rounded, full = (long_keys.layer_errors(one_layer(full=full), 0, held) for full in (False, True))
+    assert float(full["bound"].max()) <= 1
+    assert float(full["format"].square().mean()) < 0.5**2 * float(rounded["format"].square().mean())
+
+
+def test_a_remedy_that_changes_nothing_changes_no_bit(served: ServedModel, rows: torch.Tensor) -> None:
+    arm = Cached(served, KINDS["e4m3"])
+    plain = forced(arm, rows)
+    arm.model = remedied(served, torch.zeros(2, 2, 16), full=False)
+    assert torch.equal(forced(arm, rows, chunk=40).losses, plain.losses)
 
 
 # --------------------------------------------------------------------------- needles
@@ -206,15 +225,8 @@ def test_a_rise_is_that_of_the_positions_it_names() -> None:
 
 def test_the_budget_of_the_codes_is_met_where_errors_are_independent() -> None:
     torch.manual_seed(0)
-    held = long_keys.Recorded(
-        torch.randn(8, 4, 32).bfloat16(), torch.randn(2000, 2, 32).bfloat16(), torch.randn(2000, 2, 32).bfloat16()
-    )
-
-    class Plain:
-        def new_layer(self, layer: int, pages: int) -> Any:
-            return PagedCache(1, pages, 64, 2, 32).layers[0]
-
-    row = long_keys.layer_errors(Plain(), 0, held)  # type: ignore[arg-type]
+    keys, values = (torch.randn(2000, 2, 16).bfloat16() for _ in range(2))
+    row = long_keys.layer_errors(one_layer(), 0, long_keys.Recorded(torch.randn(8, 4, 16).bfloat16(), keys, values))
     ratio = float((row["format"].square().mean() / row["budget"].square().mean()).sqrt())
     assert 0.85 < ratio < 1.15 and float(row["bound"].max()) <= 1
 

@@ -12,7 +12,7 @@ from triton_interpreter import run_interpreted
 
 triton = pytest.importorskip("fp8.attention.paged.triton")
 GPU = torch.device("cuda")
-CACHES = ("fp8", "e5m2", "bf16", "static", "offset")
+CACHES = ("fp8", "e5m2", "bf16", "static")
 WRITES = [(5, 4, 2, 16, 16), (70, 4, 2, 20, 48)]  # tokens, query heads, key heads, width, page size
 READS = [  # (stored, new) of each sequence, query heads, key heads, width, page size
     ([(0, 1), (270, 1), (17, 1)], 4, 2, 16, 16),
@@ -24,9 +24,8 @@ READS = [  # (stored, new) of each sequence, query heads, key heads, width, page
 
 def made(kind: str, pages: int, page_size: int, kv: int, width: int, device: torch.device) -> PagedCache:
     scales = 2.0 ** torch.arange(-6, -6 + 2 * kv).view(1, 2, kv) * 1.3 if kind == "static" else None
-    offsets = torch.linspace(-3, 5, kv * width).view(1, kv, width) if kind == "offset" else None
-    dtype = "fp8" if kind in ("static", "offset") else kind
-    return PagedCache(1, pages, page_size, kv, width, dtype=dtype, kv_scales=scales, key_offsets=offsets, device=device)
+    dtype = "fp8" if kind == "static" else kind
+    return PagedCache(1, pages, page_size, kv, width, dtype=dtype, kv_scales=scales, device=device)
 
 
 def the_same_bytes(kind: str, shape: tuple[int, ...], norms: bool, device: torch.device) -> None:

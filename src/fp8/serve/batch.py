@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -43,26 +42,3 @@ class Batch:
     pages: Tensor
     wanted: Tensor
     decode: bool
-
-
-def equal_rows(tokens: Tensor, start: int, length: int, page_size: int) -> Batch:
-    """The next tokens [B, n] of B texts, at the positions from `start` on; all their logits are wanted.
-
-    A text owns ceil(length / page_size) pages, those of the first text first: for a cache that is theirs alone, as
-    where texts of one length are judged, or calibrated on.
-    """
-    (texts, new), device = tokens.shape, tokens.device
-    each = -(-length // page_size)
-    positions = torch.arange(start, start + new, device=device).repeat(texts)
-    text = torch.arange(texts, device=device)
-    slots = (text * each * page_size).repeat_interleave(new) + positions
-    return Batch(
-        tokens=tokens.flatten(),
-        positions=positions.int(),
-        slots=slots,
-        starts=(torch.arange(texts + 1, device=device) * new).int(),
-        lengths=torch.full_like(text, start + new, dtype=torch.int32),
-        pages=(text[:, None] * each + torch.arange(each, device=device)).int(),
-        wanted=torch.arange(texts * new, device=device),
-        decode=new == 1,
-    )

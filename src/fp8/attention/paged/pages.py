@@ -13,12 +13,6 @@ ones. The owner of the lists is the scheduler: here are only the bytes.
              none      BF16
 
 `real = code * scale`, exact for a power of two.
-
-**Key offsets.** Keys of a head lie around a mean that is often larger than what tells them apart, and a code errs in
-proportion to the whole. Softmax does not see what is taken from all keys alike: q · (k - m) = q · k - q · m. So a cache
-may be given m, FP32 [KV, D] a layer, and stores the codes of RN(k - m); attention reads them as any other keys, and
-owes nothing to m. It is fixed when the cache is made (`serve/models/offsets.py` measures it on text): a wrong m costs
-precision, never correctness. Zhang et al., "SageAttention", 2024, subtract the mean of the keys at hand.
 """
 
 from __future__ import annotations
@@ -42,7 +36,6 @@ class LayerPages:
     key_codes, value_codes   [pages, KV, page_size, D]
     key_scale, value_scale   FP32 [pages, KV, page_size] (dynamic), FP32 [KV] (static), or None (BF16)
     saturated                int64 [1], shared by all layers: elements that a static scale clipped, so far
-    key_offset               FP32 [KV, D], taken from every key before it is stored; None: nothing
     """
 
     key_codes: Tensor
@@ -50,7 +43,6 @@ class LayerPages:
     key_scale: Tensor | None
     value_scale: Tensor | None
     saturated: Tensor
-    key_offset: Tensor | None = None
 
     @property
     def num_kv_heads(self) -> int:
@@ -93,7 +85,6 @@ class PagedCache:
         *,
         dtype: str = "fp8",
         kv_scales: Tensor | None = None,
-        key_offsets: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         """Room for `pages * page_size` positions.
@@ -101,7 +92,6 @@ class PagedCache:
         dtype       "fp8" or "e4m3", "e5m2", "bf16"
         kv_scales   FP32 [num_layers, 2, KV]: the static scales of keys and of values, which multiply codes; None:
                     dynamic ones. BF16 has none, and passes over them
-        key_offsets FP32 [num_layers, KV, D]; None: keys are stored as they are. BF16 passes over them
 
         Raises `ConfigError`, `ShapeError`.
         """
@@ -109,14 +99,10 @@ class PagedCache:
         check_sizes(num_layers, pages, page_size, num_kv_heads, head_dim)
         if kv_scales is not None and tuple(kv_scales.shape) != (need := (num_layers, 2, num_kv_heads)):
             raise ShapeError(f"static scales of this cache are FP32 {list(need)}; got {list(kv_scales.shape)}.")
-        if key_offsets is not None and tuple(key_offsets.shape) != (need := (num_layers, num_kv_heads, head_dim)):
-            raise ShapeError(f"key offsets of this cache are FP32 {list(need)}; got {list(key_offsets.shape)}.")
         self.dtype, self.num_layers, self.pages, self.page_size = dtype, num_layers, pages, page_size
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.saturated = torch.zeros(1, dtype=torch.int64, device=device)
-        given = [None] * num_layers if kv_scales is None else list(kv_scales)
-        taken = [None] * num_layers if key_offsets is None or self.format is None else list(key_offsets)
-        self.layers = [self._layer(*layer, device) for layer in zip(given, taken, strict=True)]
+        self.layers = [self._layer(None if kv_scales is None else kv_scales[i], device) for i in range(num_layers)]
 
     @staticmethod
     def bytes_per_page(
@@ -133,16 +119,15 @@ class PagedCache:
         held = (t for p in self.layers for t in (p.key_codes, p.value_codes, p.key_scale, p.value_scale))
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
-    def _layer(self, scales: Tensor | None, offset: Tensor | None, device: torch.device | str | None) -> LayerPages:
+    def _layer(self, scales: Tensor | None, device: torch.device | str | None) -> LayerPages:
         keys, values = (self._codes(device) for _ in range(2))
-        offset = None if offset is None else offset.to(device=device, dtype=torch.float32).contiguous()
         if self.format is None:
             return LayerPages(keys, values, None, None, self.saturated)
         if scales is None:
             ones = torch.ones(keys.shape[:3], device=device)
-            return LayerPages(keys, values, ones, ones.clone(), self.saturated, offset)
+            return LayerPages(keys, values, ones, ones.clone(), self.saturated)
         key, value = (scale.to(device=device, dtype=torch.float32).contiguous() for scale in scales)
-        return LayerPages(keys, values, key, value, self.saturated, offset)
+        return LayerPages(keys, values, key, value, self.saturated)
 
     def _codes(self, device: torch.device | str | None) -> Tensor:
         dtype = torch.bfloat16 if self.format is None else format_of(self.format).dtype

@@ -4,10 +4,9 @@
 
     q, k = RN(norm(q)), RN(norm(k))      a head at a time, where the model has such norms (Qwen3): `fused/norm`
     q, k = RN(rope(q)), RN(rope(k))      FP32, each product rounded: `fused/rope`
-    k = RN(k - offset)                   where the cache has key offsets (`pages.py`)
     codes = quantize(k), quantize(v)     of the BF16 values: a dynamic scale a token and head, or the head's own
 
-RN rounds to BF16. The codes are those of `attention/cache.py`, byte for byte, where nothing is taken from keys.
+RN rounds to BF16. The codes are those of `attention/cache.py`, byte for byte.
 
 **`attend`.** With K and V decoded exactly, in FP32:
 
@@ -64,7 +63,6 @@ def rope_write(
     q, k = normed(q, q_norm, eps), normed(k, k_norm, eps)
     cos, sin = (table[positions.long()].unsqueeze(1) for table in rope)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    k = k if layer.key_offset is None else (k.float() - layer.key_offset).to(k.dtype)
     write(layer, k, layer.key_codes, layer.key_scale, slots)
     write(layer, v, layer.value_codes, layer.value_scale, slots)
     return q

@@ -58,9 +58,9 @@ NONE, STATIC, DYNAMIC = 0, 1, 2  # layouts of scales
 @triton.jit
 def rope_heads_write(
     x_ptr, positions_ptr, slots_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, q_ptr, keys_ptr, values_ptr,
-    key_scale_ptr, value_scale_ptr, offset_ptr, saturated_ptr, rows, queries, kv, eps, PAGE,
+    key_scale_ptr, value_scale_ptr, saturated_ptr, rows, queries, kv, eps, PAGE,
     HALF: tl.constexpr, NORM: tl.constexpr, SCALES: tl.constexpr, E4M3: tl.constexpr, MAX: tl.constexpr,
-    OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """BM tokens of one head of x [rows, (queries + 2 kv) * 2 HALF]: queries to q_ptr, the others to their slots."""
     enter(AHEAD)
@@ -96,12 +96,6 @@ def rope_heads_write(
     else:
         is_key = head < queries + kv
         h = head - queries if is_key else head - queries - kv
-        if OFFSET:
-            taken = offset_ptr + h * (2 * HALF) + i
-            left = tl.load(taken, mask=is_key & (i < HALF), other=0.0)
-            right = tl.load(taken + HALF, mask=is_key & (i < HALF), other=0.0)
-            first = (first - left[None, :]).to(tl.bfloat16).to(tl.float32)
-            second = (second - right[None, :]).to(tl.bfloat16).to(tl.float32)
         slot = tl.load(slots_ptr + r, mask=held, other=-1)
         kept = slot >= 0
         row = ((slot // PAGE) * kv + h) * PAGE + slot % PAGE
@@ -160,11 +154,11 @@ def rope_write(
     key_scale, value_scale = (qkv if scale is None else scale for scale in (layer.key_scale, layer.value_scale))
     norms = (qkv if norm is None else norm for norm in (q_norm, k_norm))
     rope_heads_write[(triton.cdiv(rows, height), queries + 2 * kv)](
-        qkv, positions, slots, *rope, *norms, q, keys, values, key_scale, value_scale,
-        qkv if layer.key_offset is None else layer.key_offset, layer.saturated, rows, queries, kv, eps, layer.page_size,
+        qkv, positions, slots, *rope, *norms, q, keys, values, key_scale, value_scale, layer.saturated,
+        rows, queries, kv, eps, layer.page_size,
         HALF=width // 2, NORM=q_norm is not None, SCALES=scales_of(layer),
         E4M3=layer.format is not None and layer.format.name == "e4m3",
-        MAX=0.0 if layer.format is None else float(layer.format.max), OFFSET=layer.key_offset is not None,
+        MAX=0.0 if layer.format is None else float(layer.format.max),
         BM=height, BN=triton.next_power_of_2(width // 2), num_warps=1 if height == 1 else 4, enable_fp_fusion=False,
         AHEAD=triton_launch.LAUNCH, launch_pdl=triton_launch.LAUNCH,
     )  # fmt: skip

@@ -24,11 +24,11 @@ ARMS = {  # name: (quantization of the weights and activations, cache)
     "BF16": (None, HIGH),
     AGAIN: (None, HIGH),
     "FP8 KV": (None, "e4m3"),
-    "FP8 KV, key offsets": (None, "e4m3, key offsets"),
+    "FP8 KV, full keys": (None, "e4m3, full keys"),
+    "FP8 KV, full keys, offsets": (None, "e4m3, full keys, offsets"),
     "E5M2 KV": (None, "e5m2"),
     "FP8": ("fp8", HIGH),
     "FP8 + FP8 KV": ("fp8", "e4m3"),
-    "FP8 + FP8 KV, key offsets": ("fp8", "e4m3, key offsets"),
 }
 
 

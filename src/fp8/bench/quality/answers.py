@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...serve import Engine, EngineOptions, Request, SamplingParams
-from .caches import PAGE
+from .chunks import PAGE, pages_of
 
 
 def answers(
@@ -20,7 +20,7 @@ def answers(
     """
     longest = max(len(prompt) for prompt in prompts) + tokens
     options = EngineOptions(
-        page_size=PAGE, pages=together * -(-longest // PAGE), max_running=together, prefix_caching=False,
+        page_size=PAGE, pages=together * pages_of(longest), max_running=together, prefix_caching=False,
         max_model_len=longest, graphs=graphs,
     )  # fmt: skip
     engine = Engine(model, options=options)

@@ -3,6 +3,8 @@
     bf16                  what the others are measured against
     e4m3                  a power-of-two scale a token and head: what the engine does without a checkpoint's scales
     e4m3, key offsets     the same, with the mean of each head's keys taken off (`attention/paged/pages.py`)
+    e4m3, full keys       dynamic scales of keys are amax / 448 as it is: a key's largest element has no error
+    e4m3, full keys, offsets   both
     e4m3, static          a power of two a head, which holds the largest magnitude of a calibration text
     e4m3, static, offsets both
     e4m3, scale 1         what servers do with a checkpoint that has no scales
@@ -24,12 +26,12 @@ from torch import Tensor
 from ...attention.paged import LayerPages, PagedCache
 from ...formats import format_of
 from ...quantize import run_quantize
-from ...serve.batch import Batch, equal_rows
+from ...serve import Batch
 from ...serve.models import ServedModel
-from ...serve.models.offsets import mean_keys
 from ...tile import Tile
+from .chunks import PAGE, equal_rows, pages_of
+from .remedies import remedied, store
 
-PAGE = 64
 TOO_LARGE = 2.0**17
 
 
@@ -40,12 +42,15 @@ class Kind:
     dtype: str
     scales: str = "dynamic"
     offsets: bool = False
+    full_keys: bool = False
 
 
 KINDS: Mapping[str, Kind] = {
     "bf16": Kind("bf16"),
     "e4m3": Kind("e4m3"),
     "e4m3, key offsets": Kind("e4m3", offsets=True),
+    "e4m3, full keys": Kind("e4m3", full_keys=True),
+    "e4m3, full keys, offsets": Kind("e4m3", offsets=True, full_keys=True),
     "e4m3, static": Kind("e4m3", "static"),
     "e4m3, static, offsets": Kind("e4m3", "static", True),
     "e4m3, scale 1": Kind("e4m3", "one"),
@@ -69,8 +74,9 @@ class Calibration:
     @staticmethod
     def of(model: ServedModel, texts: Tensor) -> Calibration:
         """From tokens [B, T], which should not be those that are judged."""
-        offsets = mean_keys(model, texts)
-        return Calibration(offsets, head_scales(model, texts, None), head_scales(model, texts, offsets))
+        cache = whole(model, texts)
+        offsets = mean_keys(cache, texts.shape[1])
+        return Calibration(offsets, head_scales(cache, None), head_scales(cache, offsets))
 
     def scales(self, kind: Kind) -> Tensor | None:
         """The static scales of a kind of cache, None for dynamic ones."""
@@ -79,10 +85,18 @@ class Calibration:
         return made[kind.scales]
 
 
-@torch.no_grad()
-def head_scales(model: ServedModel, texts: Tensor, offsets: Tensor | None) -> Tensor:
+def mean_keys(cache: PagedCache, length: int) -> Tensor:
+    """The mean of each head's keys over a BF16 cache of texts of one length: FP32 [layers, KV, D]. The first position
+    of a text is left out: much attention rests there, on a key like no other."""
+    means = []
+    for pages in cache.layers:
+        keys = pages.key_codes.transpose(1, 2).reshape(-1, pages_of(length) * PAGE, *pages.key_codes.shape[1::2])
+        means.append(keys[:, 1:length].double().mean((0, 1)).float())
+    return torch.stack(means)
+
+
+def head_scales(cache: PagedCache, offsets: Tensor | None) -> Tensor:
     """The scales of `max`, FP32 [layers, 2, KV]: powers of two that hold the largest magnitude of each head."""
-    cache = whole(model, texts)
     amax = []
     for i, pages in enumerate(cache.layers):
         keys = pages.key_codes.float()
@@ -93,12 +107,13 @@ def head_scales(model: ServedModel, texts: Tensor, offsets: Tensor | None) -> Te
     return scale.view(len(cache.layers), 2, -1)
 
 
+@torch.no_grad()
 def whole(model: ServedModel, texts: Tensor) -> PagedCache:
     """A BF16 cache that holds the keys and values of tokens [B, T]."""
     count, length = texts.shape
-    cache = model.new_cache(count * -(-length // PAGE), PAGE, "bf16")
+    cache = model.new_cache(count * pages_of(length), PAGE, "bf16")
     for i, row in enumerate(texts.to(model.embedding.device)):
-        batch = equal_rows(row[None], 0, length, PAGE)
+        batch = equal_rows(row[None], 0, length)
         at = i * batch.pages.shape[1]
         moved = {"pages": batch.pages + at, "slots": batch.slots + at * PAGE, "wanted": batch.wanted[-1:]}
         model(Batch(**(vars(batch) | moved)), cache)
@@ -109,8 +124,11 @@ class Cached:
     """A served model with caches of one kind; what the engine and the studies ask for is passed on."""
 
     def __init__(self, model: ServedModel, kind: Kind, calibration: Calibration | None = None) -> None:
-        self.model, self.kind, self.calibration = model, kind, calibration
-        self.config, self.embedding, self.capturable = model.config, model.embedding, model.capturable
+        self.kind, self.scales = kind, None if calibration is None else calibration.scales(kind)
+        self.offsets = calibration.offsets if calibration is not None and kind.offsets else None
+        self.otherwise = self.offsets is not None or kind.full_keys
+        self.model = remedied(model, self.offsets, kind.full_keys) if self.otherwise else model
+        self.config, self.embedding, self.capturable = model.config, model.embedding, not self.otherwise
 
     def __call__(self, batch: Batch, cache: PagedCache) -> Tensor:
         return self.model(batch, cache)
@@ -123,14 +141,20 @@ class Cached:
         """The pages of one layer alone."""
         return self._made(slice(layer, layer + 1), pages, PAGE).layers[0]
 
+    def offset(self, layer: int) -> Tensor | None:
+        """What is taken from the keys of a layer [KV, D]; None: nothing."""
+        return None if self.offsets is None else self.offsets[layer]
+
+    def store_again(self, layer: int, pages: LayerPages, keys: Tensor, slots: Tensor) -> None:
+        """Store keys as this kind does, where that is not how the engine did it just now."""
+        if self.otherwise:
+            store(pages, keys, slots, self.offset(layer), self.kind.full_keys)
+
     def _made(self, layers: slice, pages: int, page_size: int) -> PagedCache:
-        c, held = self.config, self.calibration
-        scales = None if held is None else held.scales(self.kind)
-        offsets = held.offsets if held is not None and self.kind.offsets else None
+        c, held = self.config, self.scales
         return PagedCache(
             len(range(c.num_layers)[layers]), pages, page_size, c.num_kv_heads, c.head_dim, dtype=self.kind.dtype,
-            kv_scales=None if scales is None else scales[layers],
-            key_offsets=None if offsets is None else offsets[layers], device=self.embedding.device,
+            kv_scales=None if held is None else held[layers], device=self.embedding.device,
         )  # fmt: skip
 
 

@@ -20,14 +20,15 @@ from ...train.tokenizer import tokenizer_of
 from ..machine import save
 from . import tables
 from .agreement import agreement
-from .caches import PAGE
+from .caches import KINDS
+from .chunks import PAGE
 from .long_keys import SINK, long_keys
 from .needles import decoder
 from .perplexity import perplexity
 from .retrieval import retrieval
 from .teaching import Lessons, teach
 
-CALIBRATED = 16, 1024  # texts, and tokens of each
+CALIBRATED = 1 << 15  # tokens, in texts as long as those judged: the mean of a key depends on its position
 
 
 def read(path: Path) -> bytes:
@@ -52,8 +53,8 @@ def windows(asked: argparse.Namespace, path: Path, count: int, length: int, *, s
 
 
 def calibration(asked: argparse.Namespace) -> Tensor:
-    count, length = CALIBRATED
-    return windows(asked, asked.calibration, min(count, asked.calibration_texts), min(length, asked.window))
+    count = asked.calibration_texts or max(1, CALIBRATED // asked.window)
+    return windows(asked, asked.calibration, count, asked.window)
 
 
 # --------------------------------------------------------------------------- the studies
@@ -73,7 +74,7 @@ def run_perplexity(asked: argparse.Namespace, say: Callable[[str], Any]) -> dict
     rows = windows(asked, asked.text, asked.windows, asked.window)
     following = torch.cat([rows[1:, :1], rows[:1, :1]])  # the last window has no next one, and is left out
     rows = torch.cat([rows, following], 1)[: max(1, len(rows) - 1)]
-    return perplexity(model, rows, calibration(asked), chunk=asked.chunk, say=say)
+    return perplexity(model, rows, calibration(asked), kinds=asked.kinds, chunk=asked.chunk, say=say)
 
 
 def run_needles(asked: argparse.Namespace, say: Callable[[str], Any]) -> dict[str, Any]:
@@ -126,10 +127,11 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--model", type=Path, required=True, help="folder of a model with its tokenizer.json")
         one.add_argument("--calibration", type=Path, required=True, help="another text, for offsets and static scales")
         one.add_argument("--tokenizer", help="bytes, or a tokenizer.json, instead of the model's")
-        one.add_argument("--calibration-texts", type=int, default=CALIBRATED[0])
-        one.add_argument("--window", type=int, default=8192 if name == "long-keys" else 1024)
-    whole(studies["agreement"], prompts=256, prompt=256, tokens=128)
+        one.add_argument("--calibration-texts", type=int, help="default: 32,768 tokens in all")
+        one.add_argument("--window", type=int, default={"long-keys": 8192, "agreement": 512}.get(name, 1024))
+    whole(studies["agreement"], prompts=192, prompt=256, tokens=128)
     whole(studies["perplexity"], windows=1 << 20, chunk=512)
+    studies["perplexity"].add_argument("--kinds", nargs="+", default=list(KINDS), choices=[*KINDS], metavar="KIND")
     whole(studies["long-keys"], keys=131072, queries=8)
     one = studies["needles"]
     one.add_argument("--test", type=Path, required=True, help="the text between the needles that are asked for")

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ...evaluate.perplexity import token_losses
-from ...serve.batch import equal_rows
-from .caches import PAGE
+from .chunks import PAGE, equal_rows, pages_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def forced(model: Any, rows: Tensor, *, at_once: int = 1 << 13, chunk: int = 512
     together = max(1, at_once // chunk)
     losses, best, clipped = [], [], 0
     for windows in rows.to(model.embedding.device).split(together):
-        cache = model.new_cache(len(windows) * -(-length // PAGE), PAGE)
+        cache = model.new_cache(len(windows) * pages_of(length), PAGE)
         found = [step(model, cache, windows, start, min(start + chunk, length)) for start in range(0, length, chunk)]
         losses.append(torch.cat([loss for loss, _ in found], 1).cpu())
         best.append(torch.cat([top for _, top in found], 1).int().cpu())
@@ -52,6 +51,6 @@ def forced(model: Any, rows: Tensor, *, at_once: int = 1 << 13, chunk: int = 512
 
 def step(model: Any, cache: Any, windows: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Losses and likeliest tokens [windows, stop - start] of the targets of some positions."""
-    logits = model(equal_rows(windows[:, start:stop], start, windows.shape[1] - 1, PAGE), cache)
+    logits = model(equal_rows(windows[:, start:stop], start, windows.shape[1] - 1), cache)
     losses = token_losses(logits, windows[:, start + 1 : stop + 1].flatten())
     return losses.view(len(windows), -1), logits.argmax(-1).view(len(windows), -1)

@@ -37,14 +37,23 @@ import torch
 from torch import Tensor
 
 from ...attention.paged import LayerPages, attend, rope_write
-from ...serve.batch import Batch
+from ...serve import Batch
 from ...serve.models import ServedModel
 from ...serve.models.layers import norm_linear
-from .caches import KINDS, PAGE, Cached, Calibration, whole
+from .caches import KINDS, Cached, Calibration, whole
+from .chunks import pages_of
 
 SINK = 4
 KEYS_AT_ONCE = 1 << 14
-LONG_KINDS = ("bf16", "e4m3", "e4m3, key offsets", "e4m3, static", "e5m2")
+LONG_KINDS = (
+    "bf16",
+    "e4m3",
+    "e4m3, full keys",
+    "e4m3, key offsets",
+    "e4m3, full keys, offsets",
+    "e4m3, static",
+    "e5m2",
+)
 
 
 @dataclass(frozen=True)
@@ -100,13 +109,14 @@ def in_row(codes: Tensor, windows: Tensor, keys: int) -> Tensor:
 def stored(arm: Cached, layer: int, held: Recorded) -> LayerPages:
     """One layer's pages with all keys and values in them, written as the engine writes."""
     count, _, width = held.keys.shape
-    pages = arm.new_layer(layer, -(-count // PAGE))
+    pages = arm.new_layer(layer, pages_of(count))
     still = torch.ones(1, width // 2, device=held.keys.device), torch.zeros(1, width // 2, device=held.keys.device)
     for start in range(0, count, KEYS_AT_ONCE):
         parts = [x[start : start + KEYS_AT_ONCE] for x in (held.keys, held.keys, held.values)]  # the first: no queries
         qkv = torch.cat(parts, 1).flatten(1).contiguous()
         slots = start + torch.arange(len(qkv), device=qkv.device)
         rope_write(qkv, torch.zeros_like(slots).int(), slots, pages, still)
+        arm.store_again(layer, pages, parts[0], slots)
     return pages
 
 
@@ -120,7 +130,7 @@ def read(pages: LayerPages, q: Tensor, lengths: Tensor, scale: float) -> Tensor:
     return attend(q, pages, batch, scale).view(q.shape)
 
 
-def decoded(pages: LayerPages, count: int) -> tuple[Tensor, Tensor]:
+def decoded(pages: LayerPages, count: int, offset: Tensor | None) -> tuple[Tensor, Tensor]:
     """What the codes of a layer stand for, FP32 [count, KV, D] each; keys with their offset added again."""
     out = []
     for codes, scale in ((pages.key_codes, pages.key_scale), (pages.value_codes, pages.value_scale)):
@@ -129,7 +139,7 @@ def decoded(pages: LayerPages, count: int) -> tuple[Tensor, Tensor]:
             real = real * (scale[:, None, None] if pages.static else scale[..., None])
         out.append(real.transpose(1, 2).reshape(-1, codes.shape[1], codes.shape[3])[:count])
     keys, values = out
-    return keys if pages.key_offset is None else keys + pages.key_offset, values
+    return keys if offset is None else keys + offset, values
 
 
 # --------------------------------------------------------------------------- exact references
@@ -197,7 +207,7 @@ def layer_errors(arm: Cached, layer: int, held: Recorded) -> dict[str, Tensor]:
     queries, keys = len(held.q), len(held.keys)
     lengths = torch.arange(keys - queries + 1, keys + 1, device=held.q.device).int()
     pages = stored(arm, layer, held)
-    codes = decoded(pages, keys)
+    codes = decoded(pages, keys, arm.offset(layer))
     true = exact(held.q, held.keys, held.values, lengths, scale)
     hat = exact(held.q, *codes, lengths, scale)
     got = read(pages, held.q, lengths, scale).double()

@@ -47,7 +47,6 @@ class ServedModel(nn.Module):
         self.register_buffer("sin", sin)
         attention = [f"model.layers.{i}.self_attn" for i in range(config.num_layers)]
         self.kv_scales = weights.kv_scales(attention, config.num_kv_heads)
-        self.key_offsets: Tensor | None = None  # FP32 [layers, KV, D] of `offsets.py`: new caches take them from keys
 
     @torch.no_grad()
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
@@ -64,7 +63,7 @@ class ServedModel(nn.Module):
         scales = self.kv_scales if dtype in ("fp8", "e4m3") else None
         return PagedCache(
             c.num_layers, pages, page_size, c.num_kv_heads, c.head_dim, dtype=dtype, kv_scales=scales,
-            key_offsets=self.key_offsets, device=self.embedding.device,
+            device=self.embedding.device,
         )  # fmt: skip
 
     @property
