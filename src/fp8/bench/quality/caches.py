@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -115,8 +115,8 @@ def whole(model: ServedModel, texts: Tensor) -> PagedCache:
     for i, row in enumerate(texts.to(model.embedding.device)):
         batch = equal_rows(row[None], 0, length)
         at = i * batch.pages.shape[1]
-        moved = {"pages": batch.pages + at, "slots": batch.slots + at * PAGE, "wanted": batch.wanted[-1:]}
-        model(Batch(**(vars(batch) | moved)), cache)
+        pages, slots, wanted = batch.pages + at, batch.slots + at * PAGE, batch.wanted[-1:]
+        model(replace(batch, pages=pages, slots=slots, wanted=wanted), cache)
     return cache
 
 

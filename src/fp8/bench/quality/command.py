@@ -154,7 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(highlight=False, width=200)
     run, draw = STUDIES[asked.study]
     told = run(asked, lambda line: console.print(line, style="dim"))
-    options = {name: str(value) for name, value in vars(asked).items() if name not in ("out", "study", "name")}
+    given = {name: value for name, value in vars(asked).items() if name not in ("out", "study", "name")}
+    options = {name: value.name if isinstance(value, Path) else value for name, value in given.items()}
     path = save(asked.out, asked.name, {"options": options, **told})
     console.print(draw(told))
     console.print(f"{path} has every number.")
