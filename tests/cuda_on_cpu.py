@@ -2,9 +2,9 @@
 
 Which address a lane reads, which of its registers meets which of another lane's in the tensor core, who writes when:
 that is most of what can be wrong in a kernel, and none of it needs a GPU. Replaced are the intrinsics and, by name, the
-small functions around inline assembly; what they do is written down here from the PTX manual. The blocks of a cluster
-run together. What this cannot see: races between blocks (clusters run one after the other), and the last bits of sums
-and exponentials. Asynchronous copies arrive as late as the kernel allows: when their group is waited for.
+small functions around inline assembly; what they do is written down here from the PTX manual. What this cannot see:
+races between blocks (they run one after the other), and the last bits of sums and exponentials. Asynchronous copies
+arrive as late as the kernel allows: when their group is waited for.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ COPY = "copy_later(to, from, 16, there);"
 READ = "Fragment f; memcpy(f.word, memory + from, 16); return f;"
 BODIES = {
     "shared_address": "return (u32)((u8*)p - memory);",
-    "copy_once": COPY, "copy": COPY,
-    "copy16_if": COPY, "copy16": "copy_later(to + PAST, from + BEYOND, 16, true);",
+    "copy_once": COPY, "copy": COPY, "copy16_if": COPY,
+    "copy16": "copy_later(to + PAST, from + BEYOND, 16, true);",
     "copy4": "copy_later(to, from, 4, true);",
     "commit": "committed++;",
     "read": READ, "read16": READ, "read4": "float x; memcpy(&x, memory + from, 4); return x;",
@@ -36,9 +36,6 @@ BODIES = {
     "to_bf16": "u32 b = bits_of(x); return x != x ? 0x7FFF : (u16)((b + 0x7FFF + (b >> 16 & 1)) >> 16);",
     "to_codes": "return encoded(first) | encoded(second) << 8;",
     "power": "return exp2f(x);",
-    "show": "", "arrive": "arrived.emplace(cluster->arrive());",
-    "wait": "cluster->wait(std::move(*arrived)); arrived.reset();",
-    "four_of": "float4 x; memcpy(&x, memories[from] + address, 16); return x;",
     "transposed": "int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4; u32 y[8];"
     " for (int i = 0; i < 8; i++) y[i] = from_lane(x, 4 * i + g / 2);"
     " return (y[2 * q] >> 16 * (g % 2) & 0xFFFF) | y[2 * q + 1] >> 16 * (g % 2) << 16;",
@@ -47,7 +44,6 @@ BODIES = {
     " for (int i = 0; i < 4; i++) y |= (u32)s[which >> 4 * i & 7] << 8 * i; return y;",
 }  # fmt: skip
 MULTIPLY = {
-    "matmul/skinny/wgmma.cu": "warpgroup(d, a, x);",
     "matmul/skinny/skinny.cu": "tensor_core(d, a[0], a[1], a[2], a[3], b[0], b[1]);",
     "attention/paged/decode.cu": "tensor_core(d, a0, a1, a2, a3, b0, b1);",
 }
@@ -57,7 +53,6 @@ PRELUDE = r"""
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include <optional>
 #include <thread>
 #include <vector>
 using std::max;
@@ -66,11 +61,8 @@ using std::min;
 #define __forceinline__ inline
 #define __global__
 #define __shared__ static
-#define __launch_bounds__(x)
+#define __launch_bounds__(...)
 #define __cluster_dims__(...)
-#ifndef CLUSTER
-#define CLUSTER 1
-#endif
 typedef unsigned int bits32;
 struct Index { bits32 x; };
 struct uint2 { bits32 x, y; };
@@ -79,15 +71,10 @@ struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 thread_local Index threadIdx, blockIdx;
 Index gridDim;
-alignas(16) unsigned char memories[CLUSTER][1 << 18];
-thread_local unsigned char* memory;
-struct Barriers { std::unique_ptr<std::barrier<>> whole, of_warp[32], of_group[8]; } all_barriers[CLUSTER];
-thread_local Barriers* barriers;
-std::unique_ptr<std::barrier<>> cluster;
-thread_local std::optional<std::barrier<>::arrival_token> arrived;
-void __syncthreads() { barriers->whole->arrive_and_wait(); }
-void meet_warp() { barriers->of_warp[threadIdx.x / 32]->arrive_and_wait(); }
-void meet_group() { barriers->of_group[threadIdx.x / 128]->arrive_and_wait(); }
+alignas(16) unsigned char memory[1 << 18];
+std::unique_ptr<std::barrier<>> whole, of_warp[32];
+void __syncthreads() { whole->arrive_and_wait(); }
+void meet_warp() { of_warp[threadIdx.x / 32]->arrive_and_wait(); }
 void __syncwarp() { meet_warp(); }
 template <class To, class From> To as(From x) { To y; memcpy(&y, &x, sizeof y); return y; }
 bits32 bits_of(float x) { return as<bits32>(x); }
@@ -122,7 +109,7 @@ void wait_for(int last) {  // all groups but so many
   });
 }
 
-struct Warp { double value[32]; bits32 a[32][4], b[32][2]; } warps[32];  // of the one block of a cluster of one
+struct Warp { double value[32]; bits32 a[32][4], b[32][2]; } warps[32];
 template <class T> T from_lane(T x, int lane) {
   Warp& w = warps[threadIdx.x / 32];
   memcpy(&w.value[threadIdx.x % 32], &x, sizeof x);
@@ -198,49 +185,17 @@ void tensor_core(float (&d)[4], bits32 a0, bits32 a1, bits32 a2, bits32 a3, bits
   }
   meet_warp();
 }
-
-// wgmma.m64nNk32, four of them in a row, from zero: warp v of a group has the rows 16 v .. of a, in four words each as
-// above but of four codes; b[N][32] is in shared memory, eight rows of 16 bytes after each other, where the descriptor
-// says; d as above, eight columns after the other.
-bits32 words_of_a[CLUSTER][1024][16];
-template <int N> void warpgroup(float (&d)[N], const bits32 (&a)[16], unsigned long long at) {
-  auto& words = words_of_a[blockIdx.x % CLUSTER];
-  memcpy(words[threadIdx.x], a, sizeof a);
-  meet_group();
-  int across = (at >> 16 & 0x3FFF) * 16, down = (at >> 32 & 0x3FFF) * 16, lane = threadIdx.x % 32;
-  for (int i = 0; i < N; i++) {
-    int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    double sum = 0.0;
-    for (int k = 0; k < 128; k++) {
-      int n = k / 32, within = k % 32;
-      int word = words[threadIdx.x / 32 * 32 + row % 8 * 4 + within % 16 / 4][4 * n + row / 8 + within / 16 * 2];
-      int place = ((at & 0x3FFF) * 16) + (2 * n + within / 16) * across + column / 8 * down + column % 8 * 16;
-      sum += (double)decoded((bits32)word >> within % 4 * 8 & 255) * decoded(memory[place + within % 16]);
-    }
-    d[i] = (float)sum;
-  }
-  meet_group();
-}
 """
 MAIN = r"""
 extern "C" void run(const Operands* o, int blocks, int threads) {
   gridDim.x = blocks;
-  for (int first = 0; first < blocks; first += CLUSTER) {
-    memset(memories, 0xFF, sizeof memories);
-    cluster = std::make_unique<std::barrier<>>(threads * CLUSTER);
+  for (int block = 0; block < blocks; block++) {
+    memset(memory, 0xFF, sizeof memory);
+    whole = std::make_unique<std::barrier<>>(threads);
+    for (int v = 0; v < threads / 32; v++) of_warp[v] = std::make_unique<std::barrier<>>(32);
     std::vector<std::thread> all;
-    for (int b = 0; b < CLUSTER; b++) {
-      Barriers& m = all_barriers[b];
-      m.whole = std::make_unique<std::barrier<>>(threads);
-      for (int v = 0; v < threads / 32; v++) m.of_warp[v] = std::make_unique<std::barrier<>>(32);
-      for (int v = 0; v < threads / 128; v++) m.of_group[v] = std::make_unique<std::barrier<>>(128);
-    }
-    for (int b = 0; b < CLUSTER; b++)
-      for (int i = 0; i < threads; i++)
-        all.emplace_back([=] {
-          threadIdx.x = i, blockIdx.x = first + b, memory = memories[b], barriers = &all_barriers[b];
-          KERNEL(*o);
-        });
+    for (int i = 0; i < threads; i++)
+      all.emplace_back([=] { threadIdx.x = i, blockIdx.x = block, KERNEL(*o); });
     for (auto& one : all) one.join();
   }
 }

@@ -347,6 +347,21 @@ def wgmma(instruction: str, registers: int, scale: int = 1) -> str:
     return assemble(f"{declare}\n{instruction} {{{names}}}, %d0, %d1, %p, {scale}, 1;", "sm_90a")
 
 
+@pytest.mark.parametrize("keys", [128, 8192])
+def test_e5m2_caches_err_twice_as_much_at_any_length(keys: int) -> None:
+    """One row of attention over so many keys and values in codes, a scale each, against the exact one."""
+    q, k, v = gaussian(1, 64, seed=1), gaussian(keys, 64, seed=2), gaussian(keys, 64, seed=3)
+
+    def attention(k: Tensor, v: Tensor) -> Tensor:
+        return (q.double() @ k.double().T / 8).softmax(-1) @ v.double()
+
+    def error(row: fp8.Format) -> float:
+        codes = (fp8.quantize(x, row.name, tile="row").dequantize() for x in (k, v))
+        return float((attention(*codes) - attention(k, v)).norm())
+
+    assert 1.5 < error(E5M2) / error(E4M3) < 2.7
+
+
 def test_wgmma_shape_and_registers() -> None:
     right = "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"
     assert wgmma(right, 64) == ""

@@ -157,8 +157,7 @@ def _loaded(source: str, name: str, constants: Constants, device: int, shared: i
         raise BackendError(f"{name} of {source} is first needed while a CUDA graph is captured: run the step before.")
     major, minor = torch.cuda.get_device_capability(device)
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    own = "a" if major == 9 else ""  # instructions of this architecture alone: wgmma
-    binary = cached(source, dict(constants), f"{major}{minor}{own}")
+    binary = cached(source, dict(constants), f"{major}{minor}")
     with torch.cuda.device(device):
         _enter_context(device)
         _done(_driver().cuModuleLoadData(ctypes.byref(module), binary), f"loading {source}")

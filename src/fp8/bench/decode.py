@@ -39,7 +39,7 @@ from ..backends import function
 from ..formats import format_of
 from ..fused.rows import Into
 from ..fused.rows import cuda as rows_in_cuda
-from ..matmul.skinny import cuda, wgmma
+from ..matmul.skinny import cuda
 from ..quantize import quantize
 from ..quantize.record import Quantized
 from ..serve.batch import Batch
@@ -85,9 +85,8 @@ def products(rows: int, depth: int) -> Iterator[tuple[str, bool, Product]]:
     """(name, whether in FP8, product) of each implementation that takes so many rows."""
     x = torch.randn(rows, depth, device="cuda", dtype=torch.bfloat16)
     codes = quantize(x, "e4m3", "row")
-    ours = cuda if rows <= cuda.MOST_ROWS else wgmma
-    for name, early in (("cuda early", True), ("cuda", False)):
-        yield name, True, lambda w, early=early: ours.skinny(codes, w, torch.bfloat16, None, None, early=early)
+    for name, early in (("cuda early", True), ("cuda", False)) if rows <= cuda.MOST_ROWS else ():
+        yield name, True, lambda w, early=early: cuda.skinny(codes, w, torch.bfloat16, None, None, early=early)
     if find_spec(TRITON) is not None:
         run = function(TRITON, "skinny")
         yield "triton", True, lambda w: run(codes, w, torch.bfloat16, None, None)
@@ -155,7 +154,8 @@ def layers(rows: int, count: int = 8) -> list[dict[str, Any]]:
     """Microseconds a layer of its row kernels and products in a row; `ahead` launches Triton's kernels early too."""
     each = {name: weights(shape, True)[:count] for name, shape in MATRICES.items()}
     run = {"triton": function(TRITON, "skinny")} if find_spec(TRITON) is not None else {}
-    run["cuda"] = cuda.skinny if rows <= cuda.MOST_ROWS else wgmma.skinny
+    if rows <= cuda.MOST_ROWS:
+        run["cuda"] = cuda.skinny
     found = []
     for (of_rows, calls), (of_products, product), ahead in itertools.product(
         row_kernels(rows).items(), run.items(), (False, True)
@@ -264,22 +264,18 @@ def attention(sequences: int, length: int, others: bool) -> list[dict[str, Any]]
 
 
 def plans(name: str, shape: tuple[int, int], rows: int, fp8: bool = True) -> list[dict[str, Any]]:
-    """Other plans of the CUDA kernels, with early launch; ours is marked."""
+    """Other plans of the CUDA kernel, with early launch; ours is marked."""
     over, found, size = weights(shape, fp8), [], 1 if fp8 else 2
     x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
     operand, tokens, depth = quantize(x, "e4m3", "row") if fp8 else x, max(8, rows), shape[1] * size
-    uses: list[tuple[Any, Any]] = []
-    if rows <= cuda.MOST_ROWS:
-        uses += [(cuda, cuda.Plan(r, 16, s, k)) for r in (2, 3) for s in (2, 3, 4) for k in (False, True)]
-    if fp8:
-        uses += [(wgmma, wgmma.Plan(c, g, s)) for c in (4, 8) for g in (2, 3, 4) for s in (3, 4, 5, 8)]
-    for kernel, use in uses:
+    for r, s, k in itertools.product((2, 3), (2, 3, 4), (False, True)):
+        use = cuda.Plan(r, 16, s, k)
         if use.shared(tokens, depth) > cuda.SHARED:
             continue
-        us = timed(lambda w, u=use, k=kernel: k.skinny(operand, w, torch.bfloat16, None, None, u), over)
+        us = timed(lambda w, u=use: cuda.skinny(operand, w, torch.bfloat16, None, None, u), over)
         share = shape[0] * depth / us / 1e-6 / PEAK if isinstance(us, float) else None
-        ours = "*" if use == kernel.plan(shape[0], depth, tokens) else ""
-        which = f"{ours}{kernel.__name__[-5:]} " + " ".join(str(int(part)) for part in vars(use).values())
+        ours = "*" if use == cuda.plan(shape[0], depth, tokens) else ""
+        which = ours + " ".join(str(int(part)) for part in vars(use).values())
         found.append({"matrix": name, "rows": rows, "product": which, "us": us, "share": share})
     return found
 
@@ -315,11 +311,7 @@ SECTIONS: dict[str, Callable[[], Iterator[list[dict[str, Any]]]]] = {
     "rows": lambda: (rows_to_codes(rows) for rows in (1, 16, 64)),
     "layers": lambda: (layers(rows) for rows in (1, 16, 64)),
     "plans": lambda: (
-        plans(name, shape, rows, fp8)
-        for fp8 in (True, False)
-        for rows in (1, 16, 32, 64)
-        if fp8 or rows <= 16
-        for name, shape in MATRICES.items()
+        plans(name, shape, rows, fp8) for fp8 in (True, False) for rows in (1, 16) for name, shape in MATRICES.items()
     ),
     "steps": lambda: (run() for run in (steps, lambda: steps(None, "bf16", STEPS[:1]))),
 }

@@ -44,18 +44,16 @@ class Operands(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Plan:
-    """Keys of a partition, and of one of a sequence of at most `short`; warps of a block; steps in flight; whether keys
-    are converted by arithmetic on bits.
+    """Keys of a partition, and of one of a sequence of at most `short`; warps of a block; steps in flight.
 
     All but `stages` enter the bits of a result, so they are constants.
     """
 
     keys: int = 512
-    few: int = 128
+    few: int = 256
     short: int = 2048
     warps: int = 4
-    stages: int = 3
-    bits: bool = True
+    stages: int = 2
 
     def shared(self, group: int, dynamic: bool, sequences: int = MOST_SEQUENCES) -> int:
         """Bytes of shared memory: the warps' states, the rings, the length and partitions of each sequence."""
@@ -103,6 +101,11 @@ def rope_attend(
     return joined_values(parts) if into is None else joined_codes(parts, into)
 
 
+def soon() -> bool:
+    """Whether lengths and pages were there before the kernel before began: a graph replays over inputs that are."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def partitions(
     q: Tensor, heads: int, layer: LayerPages, batch: Rows, scale: float, turned: dict[str, Tensor],
     use: Plan | None = None, early: bool = True,
@@ -119,7 +122,7 @@ def partitions(
     constants = {
         "GROUP": group, "E4M3": int(layer.key_codes.dtype == torch.float8_e4m3fn), "DYNAMIC": int(dynamic),
         "PAGE": layer.page_size, "WARPS": use.warps, "STAGES": use.stages, "TURN": int(bool(turned)),
-        "BITS": int(use.bits), **sizes,
+        "SOON": int(early and soon()), **sizes,
     }  # fmt: skip
     held = {
         "q": q, "keys": layer.key_codes, "values": layer.value_codes, "key_scale": layer.key_scale,

@@ -23,7 +23,8 @@
 //          instruction t / 2 for even t, row g + 8 for odd t
 //
 // Between memory and tensor core there is a ring in shared memory for each lane alone (cp.async), conversion, and no
-// barrier. The first tiles, but for the newest key, are asked for before the kernel before has ended.
+// barrier. With SOON, where lengths and pages were there before the kernel before began (in a CUDA graph), the first tiles
+// but for the newest key are asked for before it has ended.
 //
 // q is brought into F16's range by a power of two: what it loses lies 2^-38 below the row's largest. With t = log2(e)
 // scale q k, a warp keeps for each head a reference and a power of two c, and has p = 2^(t - reference) for the
@@ -36,7 +37,7 @@
 // stores them. Bytes are those of `rope_write`.
 //
 // What is compiled in: GROUP query heads a key head (8 at most), E4M3, DYNAMIC (a scale a token) or one a head, PAGE,
-// PART, FEW, SHORT, WARPS, STAGES, TURN, BITS (how keys are converted). D is 128.
+// PART, FEW, SHORT, WARPS, STAGES, TURN, SOON. D is 128.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -119,19 +120,6 @@ __device__ __forceinline__ u32 widen(u32 pair) {
   return two;
 }
 
-// Four codes to two pairs: of the first two and the last two; or, with BITS, of the even and the odd ones, 2^-8 of E4M3:
-// by arithmetic on bits, because conversions share a unit with exponentials that is slow. A NaN of E4M3 becomes a number.
-__device__ __forceinline__ void widen_keys(u32 word, u32& low, u32& high) {
-#if !BITS
-  low = widen(word & 0xFFFF), high = widen(word >> 16);
-#elif E4M3
-  low = (word & 0x00FF00FF) << 7, high = bytes_of(word, 0, 0x4341) << 7;  // the sign at bit 14
-  low += low & 0x40004000, high += high & 0x40004000;
-#else
-  low = bytes_of(word, 0, 0x2404), high = word & 0xFF00FF00;
-#endif
-}
-
 __device__ __forceinline__ u32 to_f16s(float low, float high) {
   u32 two;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
@@ -197,13 +185,12 @@ __device__ __forceinline__ int parts_of(int length) { return (length + part_of(l
 
 // An item and a step in it: positions first to last - 1 of a sequence. `left` items are this block's, this one included.
 struct Place {
-  int sequence, part, left, length, first, last, step, steps;
+  int sequence, part, left, length, first, last, step;
 
   __device__ __forceinline__ void open(const int* lengths) {
     length = lengths[sequence];
     int size = part_of(length);
-    first = part * size, last = min(length, first + size);
-    step = 0, steps = (last - first + TILE * WARPS - 1) / (TILE * WARPS);
+    first = part * size, last = min(length, first + size), step = 0;
   }
 
   __device__ __forceinline__ void next_item(const int* lengths) {
@@ -214,6 +201,9 @@ struct Place {
       for (part = 0, sequence++; lengths[sequence] == 0;) sequence++;
     open(lengths);
   }
+
+  // Whether that was the last step.
+  __device__ __forceinline__ bool done() { return first + ++step * TILE * WARPS >= last; }
 
   __device__ __forceinline__ int tile(int warp) const { return first + (step * WARPS + warp) * TILE; }
 };
@@ -240,7 +230,7 @@ struct Ahead {
   }
 
   __device__ __forceinline__ void next(const Operands& o, const int* lengths, int lane) {
-    if (++at.step < at.steps) return;
+    if (!at.done()) return;
     at = after, page = coming;
     follow(o, lengths, lane);
   }
@@ -387,8 +377,8 @@ __device__ __forceinline__ Queries queries(const Operands& o, int sequence, int 
   for (int i = 0; i < 8; i++)
 #pragma unroll
     for (int j = 0; j < 2; j++)
-      r.word[i][j] = g < GROUP ? to_f16s(x[i][BITS ? j : 2 * j] * up, x[i][BITS ? 2 + j : 2 * j + 1] * up) : 0;
-  float factor = o.scale * down * (BITS && E4M3 ? 256.0f : 1.0f);
+      r.word[i][j] = g < GROUP ? to_f16s(x[i][2 * j] * up, x[i][2 * j + 1] * up) : 0;
+  float factor = o.scale * down;
   if (!DYNAMIC) factor *= o.key_scale[head];
 #pragma unroll
   for (int e = 0; e < 2; e++) r.factor[e] = __shfl_sync(0xFFFFFFFFu, factor, 4 * (2 * q + e));
@@ -430,7 +420,8 @@ __device__ __forceinline__ void meet(State& s, const Queries& r, u32 ring, int f
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       u32 a[4];
-      widen_keys(low.word[j], a[0], a[2]), widen_keys(high.word[j], a[1], a[3]);
+      a[0] = widen(low.word[j] & 0xFFFF), a[2] = widen(low.word[j] >> 16);
+      a[1] = widen(high.word[j] & 0xFFFF), a[3] = widen(high.word[j] >> 16);
       multiply(score[c], a[0], a[1], a[2], a[3], r.word[4 * c + j][0], r.word[4 * c + j][1]);
     }
   }
@@ -554,6 +545,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(Operands o) {
   int *ends = lengths + o.sequences, warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.x % o.kv;
   u32 ring = shared_address(rings) + warp * STAGES * STAGE;
   asm volatile("griddepcontrol.launch_dependents;");
+#if !SOON
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
   if (warp == 0) count(o, ends, lengths, lane);
   __syncthreads();
   Place here = begin(o, ends, lengths, blockIdx.x / o.kv, gridDim.x / o.kv);
@@ -563,16 +557,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(Operands o) {
     return;
   }
   Ahead ahead;
+#if SOON
   ahead.begin(o, here, lengths, lane);
 #pragma unroll
   for (int s = 0; s < STAGES - 1 && ahead.at.left; s++, ahead.next(o, lengths, lane))
     if (old(ahead.at, warp)) fetch(o, ahead, head, ring + s * STAGE, warp, lane);
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
   ahead.begin(o, here, lengths, lane);
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) {
     if (ahead.at.left) {
-      if (!old(ahead.at, warp)) fetch(o, ahead, head, ring + s * STAGE, warp, lane);
+      if (!SOON || !old(ahead.at, warp)) fetch(o, ahead, head, ring + s * STAGE, warp, lane);
       ahead.next(o, lengths, lane);
     }
     commit();
@@ -594,7 +590,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(Operands o) {
     if (first < here.last) meet(state, row, ring + slot * STAGE, first, here.last, lane);
     free = slot;
     slot = slot + 1 == STAGES ? 0 : slot + 1;
-    if (++here.step == here.steps) {
+    if (here.done()) {
       leave(state, m, warp, lane);
       __syncthreads();
       unite(o, here, head, m);

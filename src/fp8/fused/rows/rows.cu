@@ -252,10 +252,10 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS) rows(Operands o)
     beside[v] = W32 ? eight_wide(o.weight, column) : eight(o.weight, column);
   }
 #endif
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #if PRODUCER == 3
   int length = o.lengths[row], size = length <= SHORT ? FEW : PART, parts = (length + size - 1) / size;
 #endif
-  asm volatile("griddepcontrol.wait;" ::: "memory");
 #pragma unroll
   for (int v = 0; v < VECTORS; v++) {
     int column = first + v * THREADS * 8;

@@ -3,7 +3,7 @@
 Such a product is as fast as its weight can be read; everything is arranged around that (`triton.py`). It is a door of
 its own, not a backend of `fp8.matmul`: there a row's bits must not depend on the size of its batch, and cuBLASLt, which
 takes larger ones, adds in another order. Here they do not depend on M from 1 to 16 (`cuda.py`, FP32 sums), nor from 17
-to 64 (`wgmma.py`, or `triton.py` for what that leaves out; promoted).
+to 64 (`triton.py`, promoted).
 """
 
 from __future__ import annotations
@@ -53,14 +53,8 @@ def _cuda(request: Request) -> str | None:
     return why_not_cuda(request.device) or why_not(x, w) or function("fp8.matmul.skinny.cuda", "why_not")(x, w)
 
 
-def _wgmma(request: Request) -> str | None:
-    x, w = request.x, request.w
-    return why_not_cuda(request.device) or why_not(x, w) or function("fp8.matmul.skinny.wgmma", "why_not")(x, w)
-
-
 BACKENDS = (
     Backend("cuda", "a Hopper GPU and NVRTC; M up to 16", _cuda, "fp8.matmul.skinny.cuda"),
-    Backend("wgmma", "a Hopper GPU and NVRTC; FP8, M from 17", _wgmma, "fp8.matmul.skinny.wgmma"),
     Backend(
         "triton", "a Hopper GPU and Triton", lambda r: why_not_triton(r.device) or why_not(r.x, r.w),
         "fp8.matmul.skinny.triton",
