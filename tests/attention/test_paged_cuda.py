@@ -19,14 +19,14 @@ from sass import resources
 
 CONSTANTS = {
     "GROUP": 4, "E4M3": 1, "DYNAMIC": 1, "PAGE": 64, "PART": 512, "FEW": 128, "SHORT": 2048, "WARPS": 4, "STAGES": 2,
-    "TURN": 1, "SOON": 1,
+    "TURN": 1,
 }  # fmt: skip
 gpu = pytest.mark.gpu
 KV = 2
 
 
 @pytest.mark.skipif(nvrtc.why_not() is not None, reason="NVRTC is not installed")
-@pytest.mark.parametrize("other", [{}, {"TURN": 0, "SOON": 0}, {"DYNAMIC": 0}, {"GROUP": 8, "E4M3": 0}])
+@pytest.mark.parametrize("other", [{}, {"TURN": 0}, {"DYNAMIC": 0}, {"GROUP": 8, "E4M3": 0}])
 def test_no_register_is_spilled(other: dict[str, int], tmp_path) -> None:
     used = resources(nvrtc.build(cuda.SOURCE, CONSTANTS | other, "90"), tmp_path)
     assert used["STACK"] == 0 and used["REG"] * 32 <= cuda.REGISTERS
@@ -164,8 +164,9 @@ def test_here_a_row_has_the_same_bits_alone_in_company_and_on_other_pages(here) 
     the_same_bits_in_company([3, 140], "cpu")
 
 
-@pytest.mark.parametrize("kind", ["fp8", "e5m2", "static"])
-def test_here_queries_are_turned_and_keys_and_values_stored_as_defined(here, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "soon"), [("fp8", True), ("e5m2", False), ("static", True)])
+def test_here_queries_are_turned_and_keys_and_values_stored_as_defined(here, monkeypatch, kind: str, soon) -> None:
+    monkeypatch.setattr(cuda, "soon", lambda: soon)  # as in a graph
     turned_and_stored_as_defined(kind, 4, 48, [0, 1, 50, 130], "cpu")
 
 

@@ -18,7 +18,7 @@ PEAK = 4.27e12  # bytes a second that a copy reaches on an H200
 def markdown(folder: Path) -> str:
     """One row a figure, with the command that measures it."""
     rows = [*_steps(_read(folder / "train.json")), *_products(_read(folder / "gemm.json"))]
-    rows += _casts(_read(folder / "quantize.json"))
+    rows += _casts(_read(folder / "quantize.json")) + _served(_read(folder / "serve.json"))
     machine = _read(folder / "gemm.json")["machine"]
     versions = f"One {machine['device']}, torch {machine['torch']}, Triton {machine['triton']}."
     head = "| on the GPU | BF16 | FP8 | | command |\n|---|---|---|---|---|"
@@ -73,6 +73,22 @@ def _casts(data: dict[str, Any]) -> list[str]:
         for row in data["results"]["speed"]
         if row["operation"] in wanted and row["shape"] == [16384, 14336]
     ]
+
+
+def _served(data: dict[str, Any]) -> list[str]:
+    """Decode in FP8 with an FP8 cache: what a token took, host included, of each row that was measured."""
+    high, low = (data["results"]["arms"][name]["rows"] for name in ("BF16", "FP8 + FP8 KV"))
+    figures = []
+    for row in low:
+        if "itl" not in low[row]:
+            continue
+        bf16, ms = (1e3 * arm[row]["itl"]["p50"] if "itl" in arm[row] else None for arm in (high, low))
+        assert ms is not None
+        figures.append(
+            f"| 8B decode, {row} tokens, {low[row]['share']:.0%} of the floor | {f'{bf16:.2f} ms' if bf16 else ''} "
+            f"| {ms:.2f} ms | {f'{bf16 / ms:.2f} times' if bf16 else ''} | `fp8 bench serve` |"
+        )
+    return figures
 
 
 def main(folder: str, page: str) -> None:

@@ -37,7 +37,7 @@ class Operands(ctypes.Structure):
         *[(name, ctypes.c_void_p) for name in ("q", "keys", "values", "key_scale", "value_scale", "pages", "lengths")],
         *[(name, ctypes.c_void_p) for name in ("products", "stats")],
         *[(name, ctypes.c_void_p) for name in ("positions", "cos", "sin", "slots", "saturated")],
-        *[(name, ctypes.c_int) for name in ("sequences", "kv", "width", "parts")],
+        *[(name, ctypes.c_int) for name in ("sequences", "kv", "width", "parts", "soon")],
         ("scale", ctypes.c_float),
     )
 
@@ -122,7 +122,7 @@ def partitions(
     constants = {
         "GROUP": group, "E4M3": int(layer.key_codes.dtype == torch.float8_e4m3fn), "DYNAMIC": int(dynamic),
         "PAGE": layer.page_size, "WARPS": use.warps, "STAGES": use.stages, "TURN": int(bool(turned)),
-        "SOON": int(early and soon()), **sizes,
+        **sizes,
     }  # fmt: skip
     held = {
         "q": q, "keys": layer.key_codes, "values": layer.value_codes, "key_scale": layer.key_scale,
@@ -131,7 +131,8 @@ def partitions(
     }  # fmt: skip
     operands = Operands(
         **{name: t.data_ptr() for name, t in held.items()},
-        sequences=sequences, kv=kv, width=pages.shape[1], parts=parts, scale=scale * LOG2E,
+        sequences=sequences, kv=kv, width=pages.shape[1], parts=parts, soon=early and soon(),
+        scale=scale * LOG2E,
     )  # fmt: skip
     shared = use.shared(group, dynamic, sequences)
     at_once = torch.cuda.get_device_properties(q.device).multi_processor_count * use.blocks(shared)

@@ -23,7 +23,7 @@
 //          instruction t / 2 for even t, row g + 8 for odd t
 //
 // Between memory and tensor core there is a ring in shared memory for each lane alone (cp.async), conversion, and no
-// barrier. With SOON, where lengths and pages were there before the kernel before began (in a CUDA graph), the first tiles
+// barrier. With `soon`, where lengths and pages were there before the kernel before began (in a CUDA graph), the first tiles
 // but for the newest key are asked for before it has ended.
 //
 // q is brought into F16's range by a power of two: what it loses lies 2^-38 below the row's largest. With t = log2(e)
@@ -37,7 +37,7 @@
 // stores them. Bytes are those of `rope_write`.
 //
 // What is compiled in: GROUP query heads a key head (8 at most), E4M3, DYNAMIC (a scale a token) or one a head, PAGE,
-// PART, FEW, SHORT, WARPS, STAGES, TURN, SOON. D is 128.
+// PART, FEW, SHORT, WARPS, STAGES, TURN. D is 128.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -61,6 +61,7 @@ struct Operands {
   const long long* slots;                // [S]: where the newest keys and values go
   u64* saturated;                        // elements that a static scale clipped
   int sequences, kv, width, parts;
+  int soon;                              // whether lengths and pages were there before the kernel before began
   float scale;                           // of q k, times log2(e)
 };
 
@@ -545,9 +546,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(Operands o) {
   int *ends = lengths + o.sequences, warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.x % o.kv;
   u32 ring = shared_address(rings) + warp * STAGES * STAGE;
   asm volatile("griddepcontrol.launch_dependents;");
-#if !SOON
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  if (!o.soon) asm volatile("griddepcontrol.wait;" ::: "memory");
   if (warp == 0) count(o, ends, lengths, lane);
   __syncthreads();
   Place here = begin(o, ends, lengths, blockIdx.x / o.kv, gridDim.x / o.kv);
@@ -557,18 +556,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(Operands o) {
     return;
   }
   Ahead ahead;
-#if SOON
-  ahead.begin(o, here, lengths, lane);
+  if (o.soon) {
+    ahead.begin(o, here, lengths, lane);
 #pragma unroll
-  for (int s = 0; s < STAGES - 1 && ahead.at.left; s++, ahead.next(o, lengths, lane))
-    if (old(ahead.at, warp)) fetch(o, ahead, head, ring + s * STAGE, warp, lane);
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    for (int s = 0; s < STAGES - 1 && ahead.at.left; s++, ahead.next(o, lengths, lane))
+      if (old(ahead.at, warp)) fetch(o, ahead, head, ring + s * STAGE, warp, lane);
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+  }
   ahead.begin(o, here, lengths, lane);
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) {
     if (ahead.at.left) {
-      if (!SOON || !old(ahead.at, warp)) fetch(o, ahead, head, ring + s * STAGE, warp, lane);
+      if (!o.soon || !old(ahead.at, warp)) fetch(o, ahead, head, ring + s * STAGE, warp, lane);
       ahead.next(o, lengths, lane);
     }
     commit();
