@@ -30,7 +30,7 @@
 // scale q k, a warp keeps for each head a reference and a power of two c, and has p = 2^(t - reference) for the
 // denominator and w = p s c, s the value's scale, rounded to F16, for the numerator. Both are chosen by the first tile,
 // so that its largest p is 1 and its largest w at least 2^12, and again only where a w would exceed 2^15 or a p 2^64:
-// the maximum over a tile, five shuffles a head, is then rarely needed.
+// the maximum over a tile, three shuffles a head, is then rarely needed.
 //
 // With TURN the kernel before made the joined product of queries, keys and values: who needs a query turns it by its
 // position's angles, and the warp whose tile holds the newest position first turns its key, makes the codes of both, and
