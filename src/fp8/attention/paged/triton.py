@@ -21,6 +21,9 @@ them, and are joined in their order; what a partition gives depends on its keys 
 the partitions of a sequence changes nothing. Decode and chunks are two kernels, whose sums differ in order: where the
 bits of both must agree, `decode=False` sends everything to `attend_rows`, which is slower for single rows.
 
+**Nothing compiles for a number.** Counts of rows, sequences and partitions are not specialized on (16, 1, or neither):
+traffic would meet each kind for the first time.
+
 **Nothing waits for the host.** The grid comes from shapes alone: the table of pages is as wide as the longest request
 may need, so programs are few enough that those without work cost microseconds, and each takes every `lanes`-th
 partition. In `attend_rows` a program finds its sequence itself. A length of 0 reads nothing.
@@ -55,7 +58,7 @@ NONE, STATIC, DYNAMIC = 0, 1, 2  # layouts of scales
 # --------------------------------------------------------------------------- writing
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rope_heads_write(
     x_ptr, positions_ptr, slots_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, q_ptr, keys_ptr, values_ptr,
     key_scale_ptr, value_scale_ptr, saturated_ptr, rows, queries, kv, eps, PAGE,
@@ -225,7 +228,7 @@ def codes_at(ptr, rows, d, inside, D: tl.constexpr, PLAIN: tl.constexpr):
 # --------------------------------------------------------------------------- decode
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "parts"])
 def attend_parts(
     q_ptr, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, pages_ptr, lengths_ptr, product_ptr, top_ptr, sum_ptr,
     kv, width, parts, scale,
@@ -283,7 +286,7 @@ def attend_parts(
         tl.store(sum_ptr + out, total, mask=g < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def join_parts(
     product_ptr, top_ptr, sum_ptr, lengths_ptr, out_ptr, kv, parts,
     GROUP: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, JOINED: tl.constexpr, BD: tl.constexpr,
@@ -343,7 +346,7 @@ def attend_decode(q: Tensor, layer: LayerPages, batch: Rows, scale: float) -> Te
 # --------------------------------------------------------------------------- chunks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "sequences"])
 def attend_rows(
     q_ptr, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, pages_ptr, lengths_ptr, starts_ptr, positions_ptr,
     out_ptr, kv, width, sequences, scale,

@@ -22,7 +22,7 @@ KEYS = 64  # positions of a program
 ROWS = 32  # tokens of a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count", "stop"])
 def gather_keys(
     keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, pages_ptr, k_ptr, v_ptr, first, count, stop, kv,
     PAGE: tl.constexpr, D: tl.constexpr, SCALES: tl.constexpr, KEYS: tl.constexpr, BD: tl.constexpr,
@@ -52,7 +52,7 @@ def gather_keys(
         tl.store(v_ptr + out, (values.to(tl.float32) * v_scale[:, None]).to(tl.bfloat16), mask=written)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def join_rows(
     given_ptrs, lse_ptrs, strides, out_ptr, rows, heads,
     PARTS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from . import Into
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rows_to_codes(
     x_ptr, more_ptr, sum_ptr, weight_ptr, codes_ptr, scale_ptr, given_ptr, rows, cols, eps, stride_r, stride_c,
     PRODUCER: tl.constexpr, MODE: tl.constexpr, E4M3: tl.constexpr, POWER: tl.constexpr, BN: tl.constexpr,

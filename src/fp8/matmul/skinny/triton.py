@@ -78,7 +78,7 @@ def _scaled(acc, scale_x, scale_w, n, m, start, TILE_X: tl.constexpr, TILE_W: tl
         return acc * sw * sx
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def skinny_rows(
     x_ptr, w_ptr, out_ptr, scale_x_ptr, scale_w_ptr, bias_ptr, residual_ptr, piece_ptr, ticket_ptr,
     M, N, K, stride_xr, stride_xk, stride_wr, stride_wk, span,
