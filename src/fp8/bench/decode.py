@@ -239,8 +239,8 @@ def cache_of(sequences: int, length: int) -> tuple[list[LayerPages], Batch, Tens
     return layers, batch, torch.randn(sequences, HEADS, WIDTH, device="cuda").bfloat16()
 
 
-def attention(sequences: int, length: int, others: bool) -> list[dict[str, Any]]:
-    """Every implementation, and with `others` other plans of ours, over an FP8 cache with a scale a token and head."""
+def attention(sequences: int, length: int) -> list[dict[str, Any]]:
+    """Every implementation, and other plans of ours, over an FP8 cache with a scale a token and head."""
     layers, batch, q = cache_of(sequences, length)
     scale = WIDTH**-0.5
     runs: dict[str, Product] = {
@@ -250,10 +250,9 @@ def attention(sequences: int, length: int, others: bool) -> list[dict[str, Any]]
     if find_spec(PAGED_TRITON) is not None:
         run = function(PAGED_TRITON, "attend")
         runs["triton"] = lambda p: run(q, p, batch, scale)
-    if others:
-        for keys, warps, stages in itertools.product((256, 512), (4, 8), (3, 4)):
-            use = paged.Plan(keys, warps, stages)
-            runs[f"{keys} {warps} {stages}"] = lambda p, use=use: paged.attend(q, p, batch, scale, use)
+    for other in ({"few": 128}, {"keys": 1024}, {"stages": 3}, {"warps": 8}):
+        use, name = paged.Plan(**other), " ".join(f"{key} {value}" for key, value in other.items())
+        runs[name] = lambda p, use=use: paged.attend(q, p, batch, scale, use)
     moved = 2 * sequences * length * KV * (WIDTH + 4)
     found = []
     for name, call in runs.items():
@@ -307,7 +306,7 @@ def best(found: list[dict[str, Any]], most: int = 6) -> list[dict[str, Any]]:
 
 SECTIONS: dict[str, Callable[[], Iterator[list[dict[str, Any]]]]] = {
     "products": lambda: (measure(name, shape) for name, shape in (MATRICES | HEAD).items()),
-    "attention": lambda: (attention(*cache, False) for cache in CACHES),
+    "attention": lambda: (attention(*cache) for cache in CACHES),
     "rows": lambda: (rows_to_codes(rows) for rows in (1, 16, 64)),
     "layers": lambda: (layers(rows) for rows in (1, 16, 64)),
     "plans": lambda: (
