@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8.attention import LayerCache
-from fp8.attention.paged import PagedCache, attend, reference, rope_write
+from fp8.attention.paged import PagedCache, attend, reference, rope_attend, rope_write
 from fp8.errors import ConfigError, ShapeError, TensorError
 from fp8.fused.norm.reference import rstd_of, values
 from fp8.fused.rope.reference import rotate, tables
@@ -208,6 +208,8 @@ def test_wrong_requests_are_refused():
         rope_write(qkv.float(), at, where, cache.layers[0], rope)
     with pytest.raises(ShapeError, match=r"takes \[T, \(H \+ 2 \* 2\) \* 16\]"):
         rope_write(qkv[:, :60], at, where, cache.layers[0], rope)
+    with pytest.raises(TensorError, match="bfloat16, not float32"):
+        rope_attend(qkv.float(), at, where, cache.layers[0], rope, batch, 1.0)
     with pytest.raises(TensorError, match="bfloat16, not float32"):
         attend(torch.zeros(2, H, D), cache.layers[0], batch, 1.0)
     with pytest.raises(ShapeError, match=r"takes \[T, H, 16\]"):

@@ -166,7 +166,7 @@ def test_here_a_row_has_the_same_bits_alone_in_company_and_on_other_pages(here) 
 
 @pytest.mark.parametrize(("kind", "soon"), [("fp8", True), ("e5m2", False), ("static", True)])
 def test_here_queries_are_turned_and_keys_and_values_stored_as_defined(here, monkeypatch, kind: str, soon) -> None:
-    monkeypatch.setattr(cuda, "soon", lambda: soon)  # as in a graph
+    monkeypatch.setattr(cuda, "soon", lambda device: soon)  # as in a graph
     turned_and_stored_as_defined(kind, 4, 48, [0, 1, 50, 130], "cpu")
 
 

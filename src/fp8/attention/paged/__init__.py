@@ -66,6 +66,18 @@ READERS = (
 )
 
 
+def _heads(qkv: Tensor, layer: LayerPages) -> int:
+    """The query heads of a joined product. Raises `TensorError`, `ShapeError`."""
+    if qkv.dtype != torch.bfloat16:
+        raise TensorError(f"rope_write takes the joined product in bfloat16, not {str(qkv.dtype)[6:]}.")
+    if qkv.dim() != 2 or qkv.shape[1] % layer.head_dim or qkv.shape[1] // layer.head_dim <= 2 * layer.num_kv_heads:
+        raise ShapeError(
+            f"rope_write takes [T, (H + 2 * {layer.num_kv_heads}) * {layer.head_dim}] for this cache, not "
+            f"{list(qkv.shape)}."
+        )
+    return qkv.shape[1] // layer.head_dim - 2 * layer.num_kv_heads
+
+
 def rope_write(
     qkv: Tensor,
     positions: Tensor,
@@ -86,13 +98,7 @@ def rope_write(
 
     Codes are those of `attention.LayerCache` for the same BF16 keys and values. Raises `TensorError`, `ShapeError`.
     """
-    if qkv.dtype != torch.bfloat16:
-        raise TensorError(f"rope_write takes the joined product in bfloat16, not {str(qkv.dtype)[6:]}.")
-    if qkv.dim() != 2 or qkv.shape[1] % layer.head_dim or qkv.shape[1] // layer.head_dim <= 2 * layer.num_kv_heads:
-        raise ShapeError(
-            f"rope_write takes [T, (H + 2 * {layer.num_kv_heads}) * {layer.head_dim}] for this cache, not "
-            f"{list(qkv.shape)}."
-        )
+    _heads(qkv, layer)
     return choose("rope_write", BACKENDS, qkv).run(qkv, positions, slots, layer, rope, q_norm, k_norm, eps)
 
 
@@ -118,12 +124,15 @@ def rope_attend(
     qkv: Tensor, positions: Tensor, slots: Tensor, layer: LayerPages, rope: tuple[Tensor, Tensor], batch: Rows,
     scale: float, norms: tuple[Tensor, Tensor, float] | None = None, into: Into | None = None,
 ) -> Tensor | Quantized:  # fmt: skip
-    """`attend` of `rope_write`, `[T, H * D]`, or the codes of that: two launches for a decode step on a GPU.
+    """`attend` of `rope_write`, BF16 `[T, H * D]`, or the codes of that: two launches for a decode step on a GPU.
 
+    qkv     BF16 [T, (H + 2 KV) D], with positions, slots, layer and rope as `rope_write` takes them
     norms   `q_norm`, `k_norm` and `eps` of `rope_write`
     into    how the result is quantized; None: it stays in BF16
+
+    Raises what the two raise.
     """
-    heads = qkv.shape[1] // layer.head_dim - 2 * layer.num_kv_heads
+    heads = _heads(qkv, layer)
     if norms is None and _decoded(qkv, heads, layer, batch) is None and (into is None or into.joinable):
         run = function("fp8.attention.paged.cuda", "rope_attend")
         return run(qkv, positions, slots, layer, rope, batch, scale, into)

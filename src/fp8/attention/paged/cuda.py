@@ -101,9 +101,10 @@ def rope_attend(
     return joined_values(parts) if into is None else joined_codes(parts, into)
 
 
-def soon() -> bool:
-    """Whether lengths and pages were there before the kernel before began: a graph replays over inputs that are."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def soon(device: torch.device) -> bool:
+    """Whether lengths and pages were there before the kernel before began. In a graph they must be: inputs that are
+    filled before it is replayed, not what a kernel just before in the same graph makes."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def partitions(
@@ -131,7 +132,7 @@ def partitions(
     }  # fmt: skip
     operands = Operands(
         **{name: t.data_ptr() for name, t in held.items()},
-        sequences=sequences, kv=kv, width=pages.shape[1], parts=parts, soon=early and soon(),
+        sequences=sequences, kv=kv, width=pages.shape[1], parts=parts, soon=early and soon(q.device),
         scale=scale * LOG2E,
     )  # fmt: skip
     shared = use.shared(group, dynamic, sequences)

@@ -6,8 +6,8 @@
 // with the sequence. Within an item warp v takes the tiles v, v + WARPS, ... of 16 keys. A tile never straddles a page. Who
 // computes an item is chance, what is computed is not: partitions, tiles, and the order in which warps and then partitions
 // are joined depend on the sequence's length and positions alone. What makes codes of the rows of out joins the partitions
-// first (fused/rows). (Letting the last block join by a ticket was three times as slow: a fence of the whole GPU costs it
-// 20 ns, whoever else could be working.)
+// first (fused/rows). (A kernel whose last block joined them, by a ticket, took 20 ns for each of its fences: docs/log.md,
+// 2026-11-24.)
 //
 // Both products use m16n8k16 with F16 operands and FP32 sums; codes are F16 numbers. Keys, and channels of values, are
 // the 16 rows; the group's queries, 8 at most, are the columns:

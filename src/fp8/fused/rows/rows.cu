@@ -261,10 +261,10 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS) rows(Operands o)
     int column = first + v * THREADS * 8;
 #if PRODUCER == 3
     x[v] = joined(o, row, column, parts);
-    continue;
-#endif
+#else
     x[v] = eight(from, column);
     if (PRODUCER == 2) beside[v] = eight(from + 2 * COLS, column);
+#endif
   }
   float rstd = 0.0f;
 #if PRODUCER == 1
